@@ -1,0 +1,253 @@
+r"""Generate text from a checkpoint.
+
+    python generate.py best_model_curriculum.safetensors --prompt "Once upon a time"
+    python generate.py best_model_curriculum.safetensors --prompt "Q: Why? A:" --stop "\n" --temperature 0
+    python generate.py checkpoints/last_model_curriculum.safetensors --prompt-file story.txt --max-bytes 2000 --seed 7
+    cat story.txt | python generate.py best_model_curriculum.safetensors --batch 3 --top-p 0.9
+
+The continuation goes to stdout as UTF-8, each character as soon as it is certain; everything else goes to stderr. With
+--batch, samples are printed one after the other: the first as it comes, each later one as soon as the one before
+it is complete. Exit codes: 0 done (also when the reader of stdout goes away), 1 a missing or damaged file,
+2 a bad argument, 130 stopped by Ctrl-C.
+"""
+
+import argparse
+import math
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"0": b"\0", b"\\": b"\\"}
+ESCAPES_ACCEPTED = r"\n \r \t \0 \\ \xHH \uHHHH"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> None:
+        fail(f"{message} (--help lists what is accepted)", 2)
+
+
+def fail(message: str, code: int) -> None:
+    """One line on stderr, then exit."""
+    print(f"generate.py: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def integer(low: int, high: float = math.inf):
+    """An argparse type: an integer in low … high."""
+    accepted = f"an integer of at least {low}" if high == math.inf else f"an integer from {low} to {high}"
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: accepted is {accepted}")
+        return value
+
+    return read
+
+
+def number(accepted: str, holds):
+    """An argparse type: a number for which `holds` is true, described by `accepted`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r}: accepted is {accepted}")
+        return value
+
+    return read
+
+
+def stop_string(text: str) -> bytes:
+    """An argparse type: bytes, with escapes understood."""
+
+    def replace(match: re.Match) -> bytes:
+        escape = match[1]
+        if escape[:1] in b"xu" and len(escape) > 1:
+            code = int(escape[1:], 16)
+            return bytes([code]) if escape[:1] == b"x" else chr(code).encode("utf-8", "surrogatepass")
+        if escape not in ESCAPES:
+            raise argparse.ArgumentTypeError(f"{text!r}: accepted escapes are {ESCAPES_ACCEPTED}")
+        return ESCAPES[escape]
+
+    data = re.sub(rb"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|.|$)", replace, os.fsencode(text), flags=re.DOTALL)
+    if not data:
+        raise argparse.ArgumentTypeError(f"{text!r}: accepted is a string of at least one byte")
+    return data
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="generate.py",
+        description="Generate text from a checkpoint; it goes to stdout as it comes, everything else to stderr.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help=".safetensors of train_curriculum.py, or a .pth state dict; a bare name is also sought in checkpoints/",
+    )
+    prompt = parser.add_argument_group("prompt", "any length, also empty; default: stdin when piped, else empty")
+    prompt = prompt.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads stdin, byte for byte")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="file to continue, byte for byte")
+
+    add = parser.add_argument_group("what is generated").add_argument
+    add("--max-bytes", type=integer(1), default=400, metavar="N", help="bytes per sample, at most (default 400)")
+    add(
+        "--stop", type=stop_string, action="append", default=[], metavar="TEXT",
+        help=f"end a sample before this text; repeatable; escapes {ESCAPES_ACCEPTED} (default: none)",
+    )  # fmt: skip
+    add("--batch", type=integer(1), default=1, metavar="N", help="samples of the prompt, each different (default 1)")
+    add("--any-bytes", action="store_true", help="allow bytes that are not UTF-8, printed as U+FFFD (default: UTF-8)")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add(
+        "--temperature", type=number("a finite number of at least 0", lambda x: 0 <= x < math.inf), default=0.8,
+        metavar="T", help="0 always takes the most probable byte (default 0.8)",
+    )  # fmt: skip
+    add("--top-k", type=integer(1, 256), metavar="K", help="only the K most probable bytes, 1 to 256 (default: all)")
+    add(
+        "--top-p", type=number("a number above 0 and up to 1", lambda x: 0 < x <= 1), metavar="P",
+        help="only the smallest set of bytes with this probability in all (default: all)",
+    )  # fmt: skip
+    add("--seed", type=integer(0, 2**63 - 1), metavar="N", help="the same seed gives the same text (default: random)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--thinking-steps", type=integer(0), metavar="K", help="passes of the reasoning block (default: as trained)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA when there is one (default)")
+    add("--threads", type=integer(1, 1024), metavar="N", help="CPU threads (default: PyTorch's choice)")
+    return parser.parse_args(argv)
+
+
+def read_prompt(options: argparse.Namespace) -> bytes:
+    """The prompt's bytes as they are, whatever the locale."""
+    if options.prompt_file is not None:
+        try:
+            return Path(options.prompt_file).read_bytes()
+        except OSError as error:
+            fail(f"--prompt-file {options.prompt_file!r}: {error.strerror}; accepted is a readable file", 1)
+    if options.prompt is not None and options.prompt != "-":
+        return os.fsencode(options.prompt)
+    if options.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+        return b""
+    return sys.stdin.buffer.read()
+
+
+def load(options: argparse.Namespace):
+    """The model on its device."""
+    import torch  # only now: --help and a bad argument answer at once
+
+    from model.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        fail("--device 'cuda': no CUDA device is available here; accepted are auto, cpu", 2)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    try:
+        return load_checkpoint(find_checkpoint(options.checkpoint), device)
+    except CheckpointError as error:
+        fail(str(error), 1)
+
+
+def print_in_order(pieces: Iterator, samples: int, prompt: bytes) -> int:
+    """Print the samples whole and in order, each piece as soon as its turn has come. Returns the bytes generated."""
+    from model.inference.text import Utf8Emitter
+
+    emitters = [Utf8Emitter(prompt) for _ in range(samples)]
+    waiting, finished = [""] * samples, [False] * samples
+    current = generated = 0
+
+    def header() -> None:
+        if samples > 1:
+            print(f"--- sample {current + 1} of {samples} ---", file=sys.stderr, flush=True)
+
+    header()
+    for piece in pieces:
+        generated += len(piece.data)
+        waiting[piece.row] += emitters[piece.row].feed(piece.data)
+        finished[piece.row] = piece.finished is not None
+        while current < samples:
+            write(waiting[current])
+            waiting[current] = ""
+            if not finished[current]:
+                break
+            if samples > 1 or sys.stdout.isatty():
+                write("\n")
+            current += 1
+            if current < samples:
+                header()
+    return generated
+
+
+def write(text: str) -> None:
+    """UTF-8 to stdout, now, whatever the locale."""
+    sys.stdout.buffer.write(text.encode("utf-8"))
+    sys.stdout.buffer.flush()
+
+
+def run(options: argparse.Namespace) -> None:
+    prompt = read_prompt(options)
+    model = load(options)
+    from model.inference.generate import generate
+
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    started = time.perf_counter()
+    try:
+        pieces = generate(
+            model, prompt, max_bytes=options.max_bytes, temperature=options.temperature, top_k=options.top_k,
+            top_p=options.top_p, seed=seed, stop=options.stop, batch=options.batch,
+            thinking_steps=options.thinking_steps, any_bytes=options.any_bytes,
+        )  # fmt: skip
+        read = time.perf_counter()
+        generated = print_in_order(pieces, options.batch, prompt)
+    except FloatingPointError as error:
+        fail(f"checkpoint {options.checkpoint}: {error}", 1)
+    reading, writing = max(read - started, 1e-9), max(time.perf_counter() - read, 1e-9)
+    # On a terminal the text has ended its line; in a pipe or file stdout holds the text and nothing else.
+    print(
+        f"generated {generated:,} bytes at {generated / writing:,.0f} bytes/s; "
+        f"prompt {len(prompt):,} bytes at {len(prompt) / reading:,.0f} bytes/s; seed {seed}",
+        file=sys.stderr,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code; raises SystemExit for a bad argument or file."""
+    options = parse(argv)
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        print("\ngenerate.py: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        abandon_stdout()
+    except OSError as error:
+        abandon_stdout()
+        fail(f"stdout: {error.strerror}", 1)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in f"{type(error).__name__} {error}".lower():
+            raise
+        fail(f"--batch {options.batch}: too little memory; accepted is a smaller batch or another --device", 2)
+    return 0
+
+
+def abandon_stdout() -> None:
+    """What is still buffered would raise again when the interpreter flushes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

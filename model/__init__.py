@@ -1,0 +1,8 @@
+"""AGIFormer: a byte-level language model with fast weights, a thinking loop and a curriculum."""
+
+from model.agiformer import AGIFormer
+from model.config import AGIFormerConfig
+from model.inference.stream import ByteStream
+from model.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+
+__all__ = ["AGIFormer", "AGIFormerConfig", "ByteStream", "CheckpointError", "load_checkpoint", "save_checkpoint"]

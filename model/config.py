@@ -1,0 +1,116 @@
+"""Every hyper-parameter of the model, validated, and the presets.
+
+`AGIFormerConfig.preset("small")` is how to get one; `dataclasses.replace` or `--set field=value` changes it.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+MEMORY_RULES = ("hebbian", "delta")
+
+
+@dataclass(frozen=True)
+class AGIFormerConfig:
+    """Shape of an AGIFormer. Widths are in channels, `window` in patches, `patch_size` in bytes.
+
+    Raises:
+        ValueError: when a field is out of range, naming field, value and what is accepted.
+    """
+
+    d_model: int = 512  # D: width of the patch latents
+    n_layers: int = 6  # hybrid blocks
+    n_heads: int = 8  # H: heads of attention and of the fast weights; E = d_model / n_heads
+    patch_size: int = 4  # P: bytes per patch
+    patch_overlap: int = 2  # bytes of the previous patch that a patch also sees
+    byte_dim: int = 256  # width of the encoder's byte embedding
+    window: int = 128  # patches that attention sees, its own included
+    ffn_dim: int = 2048  # hidden units of a block's feed-forward layer
+    memory_rule: str = "hebbian"  # how the fast weights are written: "hebbian" or "delta"
+    thinking_steps: int = 3  # K: passes of the reasoning block; can be set per call
+    reasoning_dim: int = 2048  # hidden units of the reasoning block's MLP
+    head_dim: int = 512  # width of the GRU that writes the bytes of a patch
+    rope_base: float = 10_000.0  # wavelength scale of the rotary phases, in patches
+    plasticity: float = 0.99  # α before a curriculum sets it
+    dropout: float = 0.0  # on the block outputs, in training only
+
+    def __post_init__(self) -> None:
+        for name, low, high in _INTEGER_RANGES:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"{name}={value!r}: accepted is an integer from {low} to {high}")
+        for name, low, high in _FLOAT_RANGES:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"{name}={value!r}: accepted is a number from {low} to {high}")
+        if self.memory_rule not in MEMORY_RULES:
+            raise ValueError(f"memory_rule={self.memory_rule!r}: accepted are {', '.join(MEMORY_RULES)}")
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f"d_model={self.d_model}: accepted is a multiple of 2 · n_heads = {2 * self.n_heads}, "
+                "so that every head has an even width for its rotary pairs"
+            )
+        if self.patch_overlap > self.patch_size:
+            raise ValueError(f"patch_overlap={self.patch_overlap}: accepted is at most patch_size = {self.patch_size}")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "AGIFormerConfig":
+        """The preset of that name (`nano`, `small`, `base`, `large`) with some fields changed."""
+        if name not in PRESETS:
+            raise ValueError(f"preset={name!r}: accepted are {', '.join(PRESETS)}")
+        return replace(PRESETS[name], **changes)
+
+    def with_settings(self, settings: list[str]) -> "AGIFormerConfig":
+        """A copy changed by `field=value` strings, as `--set` takes them."""
+        types = {field.name: type(getattr(self, field.name)) for field in fields(self)}
+        changes = {}
+        for setting in settings:
+            name, equals, text = setting.partition("=")
+            if not equals or name not in types:
+                raise ValueError(f"--set {setting}: accepted is field=value with a field of {', '.join(types)}")
+            try:
+                changes[name] = types[name](text)
+            except ValueError:
+                raise ValueError(f"--set {setting}: {name} accepts {types[name].__name__} values") from None
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for checkpoints."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "AGIFormerConfig":
+        """The inverse of `to_dict`; an unknown field is an error that names it."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"config field {unknown[0]!r}: accepted are {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+_INTEGER_RANGES = (
+    ("d_model", 8, 16384),
+    ("n_layers", 1, 256),
+    ("n_heads", 1, 256),
+    ("patch_size", 1, 64),
+    ("patch_overlap", 0, 64),
+    ("byte_dim", 4, 8192),
+    ("window", 1, 65536),
+    ("ffn_dim", 1, 131072),
+    ("thinking_steps", 0, 64),
+    ("reasoning_dim", 1, 131072),
+    ("head_dim", 8, 16384),
+)
+_FLOAT_RANGES = (("rope_base", 1.0, 1e12), ("plasticity", 0.0, 1.0), ("dropout", 0.0, 0.9))
+
+PRESETS = {
+    # Trains on a laptop's CPU in minutes.
+    "nano": AGIFormerConfig(
+        d_model=128, n_layers=3, n_heads=4, byte_dim=64, window=64, ffn_dim=512, reasoning_dim=512, head_dim=128
+    ),
+    "small": AGIFormerConfig(),
+    "base": AGIFormerConfig(
+        d_model=768, n_layers=9, n_heads=12, byte_dim=256, ffn_dim=3072, reasoning_dim=3072, head_dim=768
+    ),
+    "large": AGIFormerConfig(
+        d_model=1280, n_layers=12, n_heads=20, byte_dim=256, ffn_dim=5120, reasoning_dim=5120, head_dim=1024
+    ),
+}

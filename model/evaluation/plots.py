@@ -1,0 +1,102 @@
+"""Plots of training runs, drawn without a display and written whole."""
+
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.evaluation.report import write_whole
+
+SMOOTHING = 50  # the smoothed line averages over 1/50 of the run
+
+
+def plot_curriculum(metrics: dict[str, Any], path: str | os.PathLike) -> Path:
+    """BPC by step as a PNG: training (raw and smoothed), every stage's validation text, stages shaded with their α.
+
+    Args:
+        metrics: {"stages": [{"name", "plasticity", "start", "end"}], "train": [{"step", "bpc"}],
+            "evaluations": [{"step", "bpc": {stage: value}}]}; steps from 0, `end` exclusive, BPC in bits per byte.
+            Lists may be empty or missing, and values that are None or not finite are left out.
+        path: the file, replaced atomically.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    # The Agg canvas is taken directly: importing this module, or drawing, touches no global backend.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
+    axes.grid(alpha=0.25)
+    stages = metrics.get("stages") or []
+    _draw_stages(axes, stages)
+    lines = _draw_train(axes, metrics.get("train") or [])
+    lines += _draw_evaluations(axes, metrics.get("evaluations") or [], [stage["name"] for stage in stages])
+    if lines:
+        legend = axes.legend(handles=lines, loc="upper right")
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    image = io.BytesIO()
+    with warnings.catch_warnings():
+        # A stage may be named in a script that the font lacks: boxes in a label are no reason to warn.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        canvas.print_figure(image, format="png", dpi=120)
+    return write_whole(path, image.getvalue())
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Mean of each value and those before it, over at most 1/SMOOTHING of all: [n] → [n]."""
+    width = max(1, len(values) // SMOOTHING)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    stop = np.arange(1, len(values) + 1)
+    start = np.maximum(stop - width, 0)
+    return (sums[stop] - sums[start]) / (stop - start)
+
+
+def _draw_stages(axes, stages: list[dict[str, Any]]) -> None:
+    for i, stage in enumerate(stages):
+        start, end = stage["start"], stage["end"]
+        axes.axvspan(start, end, color=f"C{i + 1}", alpha=0.1, linewidth=0)
+        name = stage["name"] if len(stage["name"]) <= 20 else stage["name"][:19] + "…"
+        axes.text(
+            (start + end) / 2,
+            0.02,
+            f"{name}\nα {stage['plasticity']:g}",
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            parse_math=False,
+        )
+
+
+def _draw_train(axes, points: list[dict[str, Any]]) -> list:
+    steps, values = _finite([(point["step"], point["bpc"]) for point in points])
+    if not len(steps):
+        return []
+    axes.plot(steps, values, color="C0", alpha=0.25, linewidth=0.8)
+    return axes.plot(steps, smooth(values), color="C0", linewidth=1.6, label="training")
+
+
+def _draw_evaluations(axes, evaluations: list[dict[str, Any]], stages: list[str]) -> list:
+    """One line a stage, in the colour of its span."""
+    lines = []
+    evaluated = {name for evaluation in evaluations for name in evaluation["bpc"]}
+    names = [*stages, *sorted(evaluated - set(stages))]
+    for i, name in enumerate(names):
+        if name not in evaluated:
+            continue
+        steps, values = _finite([(each["step"], each["bpc"].get(name)) for each in evaluations])
+        lines += axes.plot(steps, values, "o-", color=f"C{i + 1}", markersize=4, label=f"validation: {name}")
+    return lines
+
+
+def _finite(points: list[tuple[float, float | None]]) -> tuple[np.ndarray, np.ndarray]:
+    pairs = np.array([(step, np.nan if value is None else value) for step, value in points], float).reshape(-1, 2)
+    pairs = pairs[np.isfinite(pairs).all(1)]
+    return pairs[:, 0], pairs[:, 1]

@@ -1,0 +1,234 @@
+"""What each thinking step really does: its size, its direction, its halting, and what it is worth in bits.
+
+The loop z ← z + Δz is run step by step on the latents of a text, and decoded after every one of them, also past the
+number of steps that the model was configured with. The verdict's thresholds are the constants below.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.agiformer import AGIFormer
+from model.evaluation.bpc import (
+    Text,
+    as_bytes,
+    batches,
+    byte_nats,
+    cut_windows,
+    evaluation_mode,
+    window_rule,
+)
+from model.evaluation.report import check_count, number, text_table
+from model.layers.norm import rms_norm
+
+DORMANT_SIZE = 0.01  # every step is smaller than this share of the latent that it changes …
+DORMANT_GAIN = 0.01  # … and all of them together move BPC by less than this: dormant
+UNSTABLE_SIZE = 2.0  # a step this many times the size of its latent replaces it: unstable
+UNSTABLE_LOSS = 0.5  # bits per byte: a loop that makes it worse by more is unstable
+QUANTILES = (0.05, 0.5, 0.95)
+
+DEFAULT_TEXT = (
+    "The river rises in the hills and reaches the sea after a hundred miles. In spring, when the snow melts, it floods "
+    "the meadows on both banks; by August a child can wade across it.\n\n"
+    "Nehir tepelerden doğar ve yüz mil sonra denize ulaşır. İlkbaharda karlar eriyince iki yakadaki çayırları su "
+    "basar; ağustosta bir çocuk onu yürüyerek geçebilir.\n\n"
+    "Der Fluss entspringt in den Hügeln. Le fleuve naît dans les collines. El río nace en las colinas.\n"
+    "Река берёт начало в холмах. 这条河发源于群山之中。\n\n"
+    "def mean(values):\n    return sum(values) / len(values)\n"
+).encode()
+
+
+@dataclass
+class ThinkingStep:
+    """The loop after step k: z [B, T, D], logits [B, L, 256]; and of step k itself (None for k = 0) delta [B, T, D],
+    p_halt [B, T, 1], gate [B, T, D]."""
+
+    z: Tensor
+    logits: Tensor
+    delta: Tensor | None = None
+    p_halt: Tensor | None = None
+    gate: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One line of the report: the state after step k, and what step k did (None for k = 0).
+
+    Attributes:
+        bpc: bits per byte when decoded after step k.
+        z_rms, delta_rms: root mean square over all positions and channels of z after the step, and of Δz.
+        relative: mean over positions of ‖Δz‖ / ‖z before the step‖.
+        cosine: mean over positions of the cosine between Δz and the step before's; None for k < 2.
+        halt_mean, halt_quantiles: of p_halt over positions; quantiles at 5, 50 and 95%.
+        gate_mean: of the gate over positions and channels.
+    """
+
+    step: int
+    bpc: float
+    z_rms: float
+    delta_rms: float | None = None
+    relative: float | None = None
+    cosine: float | None = None
+    halt_mean: float | None = None
+    halt_quantiles: tuple[float, ...] | None = None
+    gate_mean: float | None = None
+
+
+@dataclass(frozen=True)
+class ReasoningReport:
+    """All steps; `thinking_steps` is the configured K, `verdict` is "dormant", "active" or "unstable"."""
+
+    steps: list[StepReport]
+    thinking_steps: int
+    bytes: int
+    context: str
+    verdict: str
+    reason: str
+
+    def table(self) -> str:
+        """One line a step; the configured K is marked."""
+        header = ["step", "BPC", "rms z", "rms Δz", "|Δz|/|z|", "cos", "p_halt", "5%", "50%", "95%", "gate"]
+        rows = []
+        for step in self.steps:
+            quantiles = step.halt_quantiles or (None,) * len(QUANTILES)
+            values = (step.bpc, step.z_rms, step.delta_rms, step.relative, step.cosine, step.halt_mean)
+            mark = "  ← K" if step.step == self.thinking_steps else ""
+            rows.append(
+                [f"{step.step}{mark}", *(number(value, 4) for value in (*values, *quantiles, step.gate_mean))],
+            )
+        return text_table(header, rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        return asdict(self)
+
+
+def measure_reasoning(
+    model: AGIFormer,
+    data: Text = DEFAULT_TEXT,
+    *,
+    steps: int | None = None,
+    context: int = 1024,
+    batch_size: int = 16,
+    max_bytes: int | None = 65536,
+) -> ReasoningReport:
+    """Run the thinking loop on a text step by step and judge it.
+
+    Args:
+        model: an AGIFormer with K configured thinking steps.
+        data: uint8 [n] or bytes, n ≥ 1.
+        steps: thinking steps to look at; 2·K (at least 2) when None.
+        context, batch_size, max_bytes: windows of the text, as in `bits_per_byte`.
+
+    Raises:
+        ValueError: naming the argument, its value and what is accepted.
+    """
+    text = as_bytes(data)
+    K = model.config.thinking_steps
+    steps = max(2 * K, 2) if steps is None else steps
+    check_count("steps", steps, least=0)
+    check_count("context", context)
+    check_count("batch_size", batch_size)
+    if max_bytes is not None:
+        check_count("max_bytes", max_bytes)
+    windows = cut_windows(len(text), context, max_bytes)
+    count = sum(stop - start for start, stop in windows)
+    totals = [_Totals() for _ in range(steps + 1)]
+    with evaluation_mode(model):
+        for x in batches(text, windows, batch_size, model.start.device):
+            z = delta = None
+            for total, thought in zip(totals, thinking_trace(model, x, steps)):
+                total.add(x, thought, z, delta)
+                z, delta = thought.z, thought.delta
+    reports = [total.report(k, count) for k, total in enumerate(totals)]
+    return ReasoningReport(reports, K, count, window_rule(context, max_bytes, count, len(text)), *judge(reports, K))
+
+
+def thinking_trace(model: AGIFormer, x: Tensor, steps: int) -> Iterator[ThinkingStep]:
+    """The loop on bytes x [B, L] after 0, 1, … `steps` steps; `logits` of step k are `model(x, thinking_steps=k)`."""
+    latents: list[Tensor] = []
+    # What enters the loop is caught at its door, so that this stays right however the trunk before it changes.
+    hook = model.reasoning.register_forward_pre_hook(lambda module, inputs: latents.append(inputs[0]))
+    try:
+        logits = model(x, thinking_steps=0)
+    finally:
+        hook.remove()
+    z = latents[0]
+    yield ThinkingStep(z, logits)
+    previous = model.previous_bytes(x)
+    for _ in range(steps):
+        gate = model.reasoning.gate(rms_norm(z)).sigmoid()
+        delta, p_halt = model.reasoning.step(z)
+        z = z + delta
+        yield ThinkingStep(z, model.head(z, previous).flatten(1, 2)[:, : x.shape[1]], delta, p_halt, gate)
+
+
+def judge(steps: list[StepReport], thinking_steps: int) -> tuple[str, str]:
+    """(verdict, reason in one line) over the first `thinking_steps` steps of those measured; docs/diagnostics.md."""
+    used = steps[: thinking_steps + 1]
+    sizes = [step.relative for step in used[1:]]
+    gain = used[0].bpc - used[-1].bpc
+    if not all(math.isfinite(value) for value in [*sizes, *(step.bpc for step in used)]):
+        return "unstable", "a size or a BPC is not finite"
+    if not sizes:
+        return "dormant", "no thinking step is configured or measured"
+    largest = max(sizes)
+    effect = f"{'save' if gain >= 0 else 'cost'} {abs(gain):.4f} bits per byte"
+    measured = f"largest step {100 * largest:.2f}% of its latent; steps 1 to {len(sizes)} {effect}"
+    if largest >= UNSTABLE_SIZE or gain < -UNSTABLE_LOSS:
+        return "unstable", measured
+    if largest < DORMANT_SIZE and abs(gain) < DORMANT_GAIN:
+        return "dormant", measured
+    return "active", measured
+
+
+class _Totals:
+    """Sums over the batches for one step, on the device in float64 until the report."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.positions = 0
+        self.width = 1
+        self.halts: list[Tensor] = []
+
+    def add(self, x: Tensor, now: ThinkingStep, z: Tensor | None, delta: Tensor | None) -> None:
+        """Count one batch; z and delta [B, T, D] are those of the step before, None where there was none."""
+        self.positions += now.z.shape[0] * now.z.shape[1]
+        self.width = now.z.shape[2]
+        self._sum("nats", byte_nats(now.logits, x))
+        self._sum("z", now.z.double().square())
+        if now.delta is None:
+            return
+        size = now.delta.double().norm(dim=-1)
+        self._sum("delta", size.square())
+        self._sum("relative", size / z.double().norm(dim=-1))
+        self._sum("gate", now.gate)
+        self.halts.append(now.p_halt.double().flatten())
+        if delta is not None:
+            self._sum("cosine", torch.cosine_similarity(now.delta.double(), delta.double(), dim=-1))
+
+    def report(self, step: int, count: int) -> StepReport:
+        """The means of this step, over `count` bytes."""
+        sums = {name: float(value) for name, value in self.sums.items()}
+        values = self.positions * self.width
+        report = {"step": step, "bpc": sums["nats"] / math.log(2) / count, "z_rms": math.sqrt(sums["z"] / values)}
+        if self.halts:
+            halts = torch.cat(self.halts)
+            report |= {
+                "delta_rms": math.sqrt(sums["delta"] / values),
+                "relative": sums["relative"] / self.positions,
+                "halt_mean": float(halts.mean()),
+                "halt_quantiles": tuple(torch.quantile(halts, halts.new_tensor(QUANTILES)).tolist()),
+                "gate_mean": sums["gate"] / values,
+            }
+        if "cosine" in sums:
+            report["cosine"] = sums["cosine"] / self.positions
+        return StepReport(**report)
+
+    def _sum(self, name: str, values: Tensor) -> None:
+        total = values.double().sum()
+        self.sums[name] = self.sums[name] + total if name in self.sums else total

@@ -1,0 +1,203 @@
+"""Generation: a prompt in, bytes out as soon as they are certain.
+
+    for piece in generate(model, b"Once upon a time", max_bytes=200, stop=[b"\\n\\n"], batch=2, seed=1):
+        print(piece.row, piece.data, piece.finished)
+
+Notable: prompts are read in parallel and never padded, so rows whose prompts differ in length run as several streams;
+sampling and the UTF-8 automaton act on all rows at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.agiformer import AGIFormer
+from model.inference.sampling import check_sampling, sample
+from model.inference.stream import ByteStream
+from model.inference.text import Utf8Constraint, unfinished
+
+LARGEST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of one row. The last piece of a row, which may be empty, says why it finished."""
+
+    row: int
+    data: bytes
+    finished: Literal["stop", "length"] | None = None
+
+
+def generate(
+    model: AGIFormer,
+    prompt: bytes | Sequence[bytes],
+    *,
+    max_bytes: int,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: Sequence[bytes] = (),
+    batch: int = 1,
+    thinking_steps: int | None = None,
+    any_bytes: bool = False,
+) -> Iterator[Piece]:
+    """Read the prompt, then return an iterator that generates while it is consumed.
+
+    Rows: prompt i of n has the rows i·batch … (i + 1)·batch − 1. All draw from one generator, so they differ (unless
+    greedy). What a row says depends on model, prompt, seed, row, and the number of rows; not on `max_bytes` (a larger
+    one only continues it), nor on when other rows finish. Rounding differs between devices, and so may the bytes.
+
+    Args:
+        model: in eval mode, as `load_checkpoint` gives it.
+        prompt: any bytes, also none; or several prompts of any lengths.
+        max_bytes: bytes generated per row, at most; ≥ 1.
+        temperature, top_k, top_p: see `sampling.probabilities`.
+        seed: the same seed gives the same bytes; random when None.
+        stop: byte strings that end a row. They are looked for in what is generated, also across pieces, and are not
+            part of it; bytes that may begin one are held back until that is decided.
+        batch: samples per prompt.
+        thinking_steps: K for this call; the configured number when None.
+        any_bytes: False lets only valid UTF-8 be generated: every piece ends with a whole character, a character
+            that `max_bytes` would cut is left out, and a prompt that ends inside a character has it completed first.
+            True gives every byte out at once, whatever it is.
+
+    Yields:
+        Piece: in the order in which bytes become certain. Each row has exactly one with `finished` set, its last.
+
+    Raises:
+        ValueError: an argument out of range, naming it, its value and what is accepted. Raised by the call itself.
+        FloatingPointError: the model's logits are not finite.
+    """
+    prompts = [prompt] if isinstance(prompt, bytes) else list(prompt)
+    _check(model, prompts, max_bytes, seed, stop, batch)
+    check_sampling(temperature, top_k, top_p)
+    prompts = [text for text in prompts for _ in range(batch)]
+    device = model.start.device
+    rows = [_Row(i, text, max_bytes, tuple(stop), not any_bytes) for i, text in enumerate(prompts)]
+    streams = _read_prompts(model, rows, prompts, thinking_steps)
+    constraint = None if any_bytes else Utf8Constraint(prompts, device)
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        if constraint is None:
+            return sample(logits, temperature, top_k, top_p, generator)
+        chosen = sample(constraint.mask(logits), temperature, top_k, top_p, generator)
+        constraint.advance(chosen)
+        return chosen
+
+    return _run(rows, streams, choose, device)
+
+
+@dataclass
+class _Stream:
+    """The rows whose prompts have one length, and the stream that reads them."""
+
+    stream: ByteStream
+    rows: list["_Row"]
+    index: Tensor  # [number of rows] their places in the batch
+
+
+class _Row:
+    """What one row has generated and not yet given out."""
+
+    def __init__(self, index: int, prompt: bytes, max_bytes: int, stops: tuple[bytes, ...], whole_characters: bool):
+        self.index = index
+        self.left = max_bytes
+        self.stops = stops
+        self.whole_characters = whole_characters
+        self.finished: Literal["stop", "length"] | None = None
+        self.held = bytearray()
+        self.before = prompt[-3:]  # the bytes before `held`, as many as an unfinished character can have
+
+    def push(self, byte: int) -> Piece | None:
+        """Take one more byte; the piece that it makes certain, or None."""
+        self.held.append(byte)
+        self.left -= 1
+        met = max((len(stop) for stop in self.stops if self.held.endswith(stop)), default=0)
+        if met:
+            self.finished = "stop"
+            return self._give(len(self.held) - met)
+        if not self.left:
+            self.finished = "length"
+            return self._give(len(self.held))
+        return self._give(len(self.held) - self._possible_stop())
+
+    def _possible_stop(self) -> int:
+        """How many bytes at the end of `held` begin a stop string."""
+        return max(
+            (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])),
+            default=0,
+        )
+
+    def _give(self, end: int) -> Piece | None:
+        if self.whole_characters:
+            # When the prompt holds the beginning of the character, fewer of its bytes are here than are unfinished.
+            end = max(0, end - len(unfinished(self.before + bytes(self.held[:end]))[0]))
+        data = bytes(self.held[:end])
+        del self.held[:end]
+        self.before = (self.before + data)[-3:]
+        return Piece(self.index, data, self.finished) if data or self.finished else None
+
+
+def _read_prompts(
+    model: AGIFormer, rows: list[_Row], prompts: list[bytes], thinking_steps: int | None
+) -> list[_Stream]:
+    """One stream for each length of prompt, its prompts read in parallel."""
+    streams = []
+    for length in dict.fromkeys(map(len, prompts)):
+        members = [row for row, prompt in zip(rows, prompts) if len(prompt) == length]
+        stream = ByteStream(model, len(members), thinking_steps=thinking_steps)
+        if length:
+            joined = bytearray(b"".join(prompts[row.index] for row in members))
+            stream.feed(torch.frombuffer(joined, dtype=torch.uint8).view(-1, length))
+        # Also waits for the device: when the call returns, the prompt is read.
+        if not stream.logits().isfinite().all():
+            raise FloatingPointError("the model's logits are not finite: its weights are damaged or it diverged")
+        index = torch.tensor([row.index for row in members], device=stream.device)
+        streams.append(_Stream(stream, members, index))
+    return streams
+
+
+def _run(rows: list[_Row], streams: list[_Stream], choose, device: torch.device) -> Iterator[Piece]:
+    while True:
+        # Rows of a finished stream keep their place in the batch, so that the others' random numbers stay theirs.
+        logits = torch.zeros(len(rows), 256, device=device)
+        for part in streams:
+            logits[part.index] = part.stream.logits()
+        chosen = choose(logits)
+        for row, byte in zip(rows, chosen.tolist()):
+            if not row.finished and (piece := row.push(byte)):
+                yield piece
+        streams = [part for part in streams if not all(row.finished for row in part.rows)]
+        if not streams:
+            return
+        for part in streams:
+            part.stream.feed(chosen[part.index].unsqueeze(1))
+
+
+def _check(
+    model: AGIFormer, prompts: list[bytes], max_bytes: int, seed: int | None, stop: Sequence[bytes], batch: int
+) -> None:
+    if model.training and model.config.dropout:
+        raise ValueError(f"model is in training mode with dropout={model.config.dropout}: accepted is model.eval()")
+    if not prompts or not all(isinstance(prompt, bytes) for prompt in prompts):
+        wrong = next((type(prompt).__name__ for prompt in prompts if not isinstance(prompt, bytes)), "empty list")
+        raise ValueError(f"prompt holds {wrong}: accepted is bytes, or a list of at least one bytes")
+    for name, value in (("max_bytes", max_bytes), ("batch", batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: accepted is an integer ≥ 1")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED):
+        raise ValueError(f"seed={seed!r}: accepted is an integer from 0 to {LARGEST_SEED}, or None")
+    if isinstance(stop, bytes | str):
+        raise ValueError(f"stop={stop!r}: accepted is a list of bytes")
+    for text in stop:
+        if not isinstance(text, bytes) or not text:
+            raise ValueError(f"stop={text!r}: accepted are bytes, at least one")

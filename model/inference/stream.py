@@ -1,0 +1,138 @@
+"""ByteStream: the model fed byte by byte, or in pieces, at constant memory."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from model.agiformer import AGIFormer, TrunkState
+from model.layers.head import BEGIN
+
+PIECE = 256  # patches taken through the trunk at once while reading a long prompt: bounds the working memory
+
+
+class ByteStream:
+    """Batched streaming state of a model; its logits equal the full forward's at every byte.
+
+    The state is the blocks' window caches and fast weights, the last `patch_overlap` bytes of the patch before, the
+    open patch, and the GRU's hidden state in it. Its size stops growing once the attention window is full.
+
+    Args:
+        model: the model; read in eval mode semantics under `torch.no_grad`, its plasticity as it is.
+        batch_size: B, rows that are fed together.
+        thinking_steps, halt_threshold: as in `AGIFormer.forward`.
+    """
+
+    def __init__(
+        self,
+        model: AGIFormer,
+        batch_size: int = 1,
+        *,
+        thinking_steps: int | None = None,
+        halt_threshold: float | None = None,
+    ):
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: accepted is an integer ≥ 1")
+        self.model = model
+        self.batch_size = batch_size
+        self.thinking_steps = thinking_steps
+        self.halt_threshold = halt_threshold
+        self.device = model.start.device
+        self.position = 0  # bytes read
+        self._trunk: TrunkState | None = None
+        self._tail: Tensor | None = None  # [B, overlap] last bytes before the open patch
+        self._boundary = torch.full((batch_size, 1), BEGIN, device=self.device)  # the byte before the open patch
+        self._open = torch.empty(batch_size, 0, dtype=torch.long, device=self.device)
+        with torch.no_grad():
+            self._begin_patch(self._advance(model.start.expand(batch_size, 1, -1))[:, -1])
+
+    @torch.no_grad()
+    def feed(self, x: Tensor) -> "ByteStream":
+        """Read bytes x [B, n], any integer type, n ≥ 0. Returns the stream itself."""
+        self._read(self._check(x), score=False)
+        return self
+
+    @torch.no_grad()
+    def score(self, x: Tensor) -> Tensor:
+        """Read bytes x [B, n] and return the logits that predicted them, [B, n, 256]."""
+        return self._read(self._check(x), score=True)
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """Logits of the next byte, [B, 256] float32."""
+        return self.model.head.logits(self._hidden)
+
+    def clone(self) -> "ByteStream":
+        """An independent copy of the state, sharing the model: a branch of the stream."""
+        twin = copy.copy(self)
+        twin._trunk = self._trunk.clone()
+        # The stream's own tensors are replaced, never written in place: sharing them is safe.
+        return twin
+
+    def state_bytes(self) -> int:
+        """Size of the state in bytes."""
+        tensors = [self._tail, self._boundary, self._open, self._latent, self._hidden, self._conditioned]
+        for block in self._trunk.blocks:
+            tensors += [block.attention.k, block.attention.v, block.memory.M, block.memory.z]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def _check(self, x: Tensor) -> Tensor:
+        if x.dim() != 2 or x.shape[0] != self.batch_size or x.is_floating_point():
+            raise ValueError(
+                f"x is {x.dtype} of shape {tuple(x.shape)}: accepted are integer bytes [{self.batch_size}, n]"
+            )
+        return x.to(self.device, torch.long)
+
+    def _advance(self, latents: Tensor) -> Tensor:
+        """Latents [B, T, D] through trunk and reasoning, carrying the state."""
+        z, self._trunk = self.model.trunk(latents, self._trunk)
+        return self.model.reasoning(z, self.thinking_steps, self.halt_threshold)
+
+    def _begin_patch(self, latent: Tensor) -> None:
+        """Open the patch that `latent` [B, D] predicts; `_hidden` always holds what predicts the next byte."""
+        self._latent = latent
+        hidden, self._conditioned = self.model.head.begin(latent)
+        self._hidden = self.model.head.step(self._boundary[:, 0], hidden, self._conditioned)
+
+    def _read(self, x: Tensor, score: bool) -> Tensor | None:
+        P = self.model.config.patch_size
+        pieces = []
+        while x.shape[1]:
+            room = PIECE * P - self._open.shape[1]
+            piece, x = x[:, :room], x[:, room:]
+            if self._open.shape[1] + piece.shape[1] < P:
+                pieces.append(self._read_inside(piece, score))
+            else:
+                pieces.append(self._read_across(piece, score))
+            self.position += piece.shape[1]
+        if score:
+            return torch.cat(pieces, 1) if pieces else self._latent.new_zeros(self.batch_size, 0, 256).float()
+        return None
+
+    def _read_inside(self, piece: Tensor, score: bool) -> Tensor | None:
+        """Bytes that leave the open patch open: only the GRU moves."""
+        scored = []
+        for byte in piece.unbind(1):
+            if score:
+                scored.append(self.logits())
+            self._hidden = self.model.head.step(byte, self._hidden, self._conditioned)
+        self._open = torch.cat([self._open, piece], 1)
+        return torch.stack(scored, 1) if score else None
+
+    def _read_across(self, piece: Tensor, score: bool) -> Tensor | None:
+        """Bytes that complete at least one patch: whole patches go through the trunk together."""
+        P, overlap = self.model.config.patch_size, self.model.config.patch_overlap
+        known = torch.cat([self._open, piece], 1)
+        whole = known.shape[1] // P * P
+        z = self._advance(self.model.encoder(known[:, :whole], self._tail))
+        scored = None
+        if score:
+            latents = torch.cat([self._latent.unsqueeze(1), z], 1)[:, : -(-known.shape[1] // P)]
+            logits = self.model.head(latents, self.model.previous_bytes(known, self._boundary)).flatten(1, 2)
+            scored = logits[:, self._open.shape[1] : known.shape[1]]
+        self._tail = known[:, whole - overlap : whole]
+        self._boundary = known[:, whole - 1 : whole]
+        self._open = known[:, :0]
+        self._begin_patch(z[:, -1])
+        self._read_inside(known[:, whole:], score=False)
+        return scored

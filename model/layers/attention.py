@@ -1,0 +1,96 @@
+"""Sliding-window attention in time and memory linear in the sequence, through PyTorch's fused attention."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.layers.norm import rms_norm
+from model.layers.rotary import Phases, rotate
+
+
+@dataclass
+class AttentionState:
+    """Rotated keys and values of the last patches: k, v [B, c, H, E] with c ≤ window − 1."""
+
+    k: Tensor
+    v: Tensor
+
+    def clone(self) -> "AttentionState":
+        return AttentionState(self.k.clone(), self.v.clone())
+
+
+class WindowAttention(nn.Module):
+    """Causal attention over the last `window` patches, with rotary phases and normalised queries and keys.
+
+    The output projection is the block's, shared with the fast weights: here [B, T, D] → [B, T, D] are the heads.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, window: int):
+        super().__init__()
+        self.n_heads = n_heads
+        self.window = window
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+
+    def forward(self, x: Tensor, phases: Phases, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
+        """x [B, T, D], phases of its T positions, and the state before it → heads [B, T, D], the state after it."""
+        queries_keys, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).movedim(2, 0).split((2, 1))
+        # Normalised queries and keys keep the logits bounded at high learning rates (Henry et al. 2020).
+        q, k = rotate(rms_norm(queries_keys), phases)
+        v = v[0]
+        cached = 0
+        if state is not None:
+            cached = state.k.shape[1]
+            k = torch.cat([state.k.to(k.dtype), k], 1)
+            v = torch.cat([state.v.to(v.dtype), v], 1)
+        out = window_attention(q, k, v, self.window, cached)
+        keep = max(0, k.shape[1] - (self.window - 1))
+        return out.flatten(2), AttentionState(k[:, keep:], v[:, keep:])
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, cached: int = 0) -> Tensor:
+    """Each query attends to the `window` keys that end at its own position.
+
+    Queries are cut into blocks of `window`; a block needs only its own keys and the block before. So the
+    largest mask is [2·window, 2·window] whatever the length, and it is one broadcast tensor for all blocks.
+
+    Args:
+        q: [B, T, H, E].
+        k, v: [B, cached + T, H, E]: the first `cached` ≤ window − 1 keys lie before the first query.
+
+    Returns:
+        [B, T, H, E].
+    """
+    T = q.shape[1]
+    if cached + T <= 2 * window:
+        return _attend(q, k, v, window, cached)
+    first = min(T, window)
+    head = _attend(q[:, :first], k[:, : cached + first], v[:, : cached + first], window, cached)
+    # Every later block has a whole block to its left: its own keys and that block's are all it sees.
+    missing = -T % window
+    k, v = (F.pad(x[:, cached:], (0, 0, 0, 0, 0, missing)) for x in (k, v))
+    B, _, H, E = q.shape
+    blocks = F.pad(q[:, first:], (0, 0, 0, 0, 0, missing)).reshape(-1, window, H, E)
+    keys, values = (_with_left_neighbour(x, window) for x in (k, v))
+    tail = _attend(blocks, keys, values, window, window)
+    return torch.cat([head, tail.reshape(B, -1, H, E)[:, : T - first]], 1)
+
+
+def _with_left_neighbour(x: Tensor, window: int) -> Tensor:
+    """[B, n·window, H, E] → [B·(n − 1), 2·window, H, E]: every block but the first, after the block before it."""
+    blocks = x.unflatten(1, (-1, window))
+    return torch.cat([blocks[:, :-1], blocks[:, 1:]], 2).flatten(0, 1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, cached: int) -> Tensor:
+    """Attention of [B, T, H, E] over [B, cached + T, H, E] keys, inside the window, as one fused call."""
+    T, S = q.shape[1], k.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if cached == 0 and window >= T:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    if T == 1 and window >= S:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    distance = torch.arange(cached, cached + T, device=q.device)[:, None] - torch.arange(S, device=q.device)
+    mask = (distance >= 0) & (distance < window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)

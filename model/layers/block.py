@@ -1,0 +1,65 @@
+"""HybridBlock: window attention and fast weights read the same input, a learned gate fuses them."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.layers.attention import AttentionState, WindowAttention
+from model.layers.feedforward import FeedForward
+from model.layers.memory import HebbianMemory, MemoryState
+from model.layers.norm import rms_norm
+from model.layers.rotary import Phases
+
+
+@dataclass
+class BlockState:
+    """Streaming state of a block: its window cache and its fast weights."""
+
+    attention: AttentionState
+    memory: MemoryState
+
+    def clone(self) -> "BlockState":
+        return BlockState(self.attention.clone(), self.memory.clone())
+
+
+class HybridBlock(nn.Module):
+    """x + fuse(attention, memory), then + feed-forward; pre-norm (DESIGN: HybridBlock).
+
+    Both mixers' heads are normalised to the same size, gated per channel by γ = sigmoid(W x), and share one output
+    projection: γ ⊙ attention + (1 − γ) ⊙ memory (parallel heads as in Dong et al. 2024, with a gate).
+    """
+
+    def __init__(self, d_model: int, n_heads: int, window: int, ffn_dim: int, memory_rule: str, dropout: float):
+        super().__init__()
+        self.n_heads = n_heads
+        self.attention = WindowAttention(d_model, n_heads, window)
+        self.memory = HebbianMemory(d_model, n_heads, memory_rule)
+        self.gate = nn.Linear(d_model, d_model)
+        self.output = nn.Linear(d_model, d_model, bias=False)
+        self.feedforward = FeedForward(d_model, ffn_dim)
+        self.dropout = dropout
+
+    def forward(
+        self, x: Tensor, phases: Phases, plasticity: Tensor, state: BlockState | None = None
+    ) -> tuple[Tensor, BlockState]:
+        """x [B, T, D], phases of its positions, α, and the state before x → [B, T, D], the state after it."""
+        mixed = rms_norm(x)
+        attended, attention_state = self.attention(mixed, phases, None if state is None else state.attention)
+        recalled, memory_state = self.memory(mixed, plasticity, None if state is None else state.memory)
+        x = x + self._drop(self.output(self.fuse(mixed, attended, recalled)))
+        x = x + self._drop(self.feedforward(rms_norm(x)))
+        return x, BlockState(attention_state, memory_state)
+
+    def fuse(self, x: Tensor, attended: Tensor, recalled: Tensor) -> Tensor:
+        """γ ⊙ norm(attended) + (1 − γ) ⊙ norm(recalled); all [B, T, D]."""
+        gate = self.gate(x).sigmoid()
+        attended, recalled = (self._normalise_heads(heads.to(gate.dtype)) for heads in (attended, recalled))
+        return torch.lerp(recalled, attended, gate)
+
+    def _normalise_heads(self, heads: Tensor) -> Tensor:
+        return rms_norm(heads.unflatten(-1, (self.n_heads, -1))).flatten(-2)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -1,0 +1,46 @@
+"""ByteLatentEncoder: bytes in, one latent per patch out, and the rotary phases of their positions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.layers.rotary import Phases, Rotary
+
+
+class ByteLatentEncoder(nn.Module):
+    """Byte embedding and a causal patch projection with left overlap (DESIGN: ByteLatentEncoder).
+
+    A patch of P bytes is projected together with the last `overlap` bytes of the patch before it: a
+    convolution of kernel P + overlap and stride P. Before the first byte the overlap is zero, not a byte.
+    """
+
+    def __init__(self, d_model: int, byte_dim: int, patch_size: int, overlap: int, head_width: int, rope_base: float):
+        super().__init__()
+        self.patch_size = patch_size
+        self.overlap = overlap
+        self.embedding = nn.Embedding(256, byte_dim)
+        self.projection = nn.Linear((patch_size + overlap) * byte_dim, d_model, bias=False)
+        self.rotary = Rotary(head_width, rope_base)
+
+    def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
+        """Whole patches to latents.
+
+        Args:
+            x: [B, T·P] integer bytes.
+            previous: [B, overlap] the bytes before x, or None at the start of the text.
+
+        Returns:
+            [B, T, D].
+        """
+        B, L = x.shape
+        if previous is None:
+            embedded = F.pad(self.embedding(x.long()), (0, 0, self.overlap, 0))
+        else:
+            embedded = self.embedding(torch.cat([previous, x], 1).long())
+        # unfold is a view: [B, T, byte_dim, P + overlap] over the overlapping patches.
+        patches = embedded.unfold(1, self.patch_size + self.overlap, self.patch_size)
+        return self.projection(patches.transpose(-1, -2).flatten(2))
+
+    def phases(self, T: int, offset: int, device: torch.device) -> Phases:
+        """Rotary phases of patch positions offset … offset + T − 1: (cos, sin), each [T, 1, E / 2]."""
+        return self.rotary(T, offset, device)

@@ -1,0 +1,58 @@
+"""LocalAutoregressiveHead: a GRU that writes the bytes of a patch from its latent."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.layers.norm import rms_norm
+
+BEGIN = 256  # stands for "no byte yet" at the very start of a text
+
+
+class LocalAutoregressiveHead(nn.Module):
+    """GRU over the bytes of a patch (Cho et al. 2014); first state and inputs conditioned on the latent.
+
+    Byte j of a patch is predicted after the byte before it, so that byte 0 also sees the last byte of the patch before.
+    The input weights act on a byte only through an embedding, and on the latent once per patch: neither costs a
+    matrix product per byte.
+    """
+
+    def __init__(self, d_model: int, head_dim: int):
+        super().__init__()
+        self.initial = nn.Linear(d_model, head_dim)
+        self.condition = nn.Linear(d_model, 3 * head_dim)  # latent → input of reset, update and candidate gates
+        self.bytes = nn.Embedding(257, 3 * head_dim)  # previous byte → the same inputs
+        self.recurrent = nn.Linear(head_dim, 3 * head_dim)
+        self.output = nn.Linear(head_dim, 256)
+
+    def begin(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """latent [..., D] → (hidden [..., head_dim], inputs from the latent [..., 3·head_dim])."""
+        latent = rms_norm(latent)
+        return self.initial(latent).tanh(), self.condition(latent)
+
+    def step(self, previous: Tensor, hidden: Tensor, conditioned: Tensor) -> Tensor:
+        """Read one byte: previous [...] in 0…256, hidden [..., head_dim] → the next hidden."""
+        return self._cell(self.bytes(previous.long()) + conditioned, hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., head_dim] → logits of the next byte [..., 256] in float32."""
+        return self.output(rms_norm(hidden)).float()
+
+    def forward(self, latents: Tensor, previous: Tensor) -> Tensor:
+        """Teacher-forced: latents [B, T, D], previous [B, T, P] the byte before each byte → logits [B, T, P, 256]."""
+        hidden, conditioned = self.begin(latents)
+        # Cast the table, not what is gathered from it: that is the largest tensor of the model.
+        inputs = F.embedding(previous.long(), self.bytes.weight.to(conditioned.dtype)) + conditioned.unsqueeze(2)
+        states = []
+        for x in inputs.unbind(2):
+            hidden = self._cell(x, hidden)
+            states.append(hidden)
+        return self.logits(torch.stack(states, 2))
+
+    def _cell(self, inputs: Tensor, hidden: Tensor) -> Tensor:
+        reset_in, update_in, candidate_in = inputs.chunk(3, -1)
+        reset, update, candidate = self.recurrent(hidden).chunk(3, -1)
+        reset = (reset_in + reset).sigmoid()
+        update = (update_in + update).sigmoid()
+        candidate = torch.tanh(candidate_in + reset * candidate)
+        return torch.lerp(candidate, hidden.to(candidate.dtype), update)

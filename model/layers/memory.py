@@ -1,0 +1,74 @@
+"""HebbianMemory: fast weights written and read in the forward pass, always in float32."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.kernels import hebbian
+
+SHORTEST, LONGEST = 4.0, 512.0  # patches: the heads' memory lengths 1 / (1 − λ) at initialisation
+
+
+@dataclass
+class MemoryState:
+    """The fast weights M [B, H, E, E] and their normaliser z [B, H, E], float32."""
+
+    M: Tensor
+    z: Tensor
+
+    def clone(self) -> "MemoryState":
+        return MemoryState(self.M.clone(), self.z.clone())
+
+
+class HebbianMemory(nn.Module):
+    """Per-head fast weights with a learned decay, scaled by the curriculum's plasticity α (DESIGN: HebbianMemory).
+
+    Runs in float32 with autocast off, projections included: half precision overflows in the normaliser (seed 002,
+    "AMP stability"). `rule="delta"` writes by the delta rule with normalised keys instead.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, rule: str = "hebbian"):
+        super().__init__()
+        self.n_heads = n_heads
+        self.rule = rule
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        # One row per head for the decay, and for the delta rule one more for the writing strength β.
+        self.gates = nn.Linear(d_model, n_heads * (2 if rule == "delta" else 1))
+        self.reset_gates()
+
+    @torch.no_grad()
+    def reset_gates(self) -> None:
+        """Heads start with memory lengths from 4 to 512 patches, evenly in the logarithm, and β = 1/2."""
+        lengths = torch.logspace(0, 1, self.n_heads, base=LONGEST / SHORTEST) * SHORTEST
+        self.gates.weight.zero_()
+        self.gates.bias.zero_()
+        self.gates.bias[: self.n_heads] = torch.log(lengths - 1)
+
+    def log_decay(self, x: Tensor, plasticity: Tensor) -> Tensor:
+        """log λ_t = log α + log λ(x_t): x [B, T, D] → [B, H, T] ≤ 0; −inf at α = 0."""
+        gates = F.linear(x.float(), self.gates.weight[: self.n_heads].float(), self.gates.bias[: self.n_heads].float())
+        return plasticity.float().log() + F.logsigmoid(gates).transpose(1, 2)
+
+    def forward(
+        self, x: Tensor, plasticity: Tensor, state: MemoryState | None = None, impl: str = "auto"
+    ) -> tuple[Tensor, MemoryState]:
+        """x [B, T, D] of any float type, plasticity α a scalar tensor in [0, 1] → heads [B, T, D] float32, state."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            heads = F.linear(x, self.qkv.weight.float()).unflatten(-1, (3, self.n_heads, -1))
+            queries_keys, v = heads.permute(2, 0, 3, 1, 4).contiguous().split((2, 1))
+            v = v[0]  # [B, H, T, E]
+            log_decay = self.log_decay(x, plasticity)
+            beta = None
+            if self.rule == "delta":
+                H = self.n_heads
+                beta = F.linear(x, self.gates.weight[H:].float(), self.gates.bias[H:].float())
+                beta = beta.sigmoid().transpose(1, 2)
+                q, k = F.normalize(queries_keys, dim=-1)
+            else:
+                q, k = F.elu(queries_keys) + 1
+            carried = None if state is None else (state.M, state.z)
+            out, (M, z) = hebbian(q, k, v, log_decay, beta=beta, state=carried, impl=impl)
+            return out.transpose(1, 2).flatten(2), MemoryState(M, z)

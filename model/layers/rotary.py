@@ -1,0 +1,36 @@
+"""Rotary position phases (Su et al. 2021), counted in patches."""
+
+import torch
+from torch import Tensor, nn
+
+Phases = tuple[Tensor, Tensor]
+
+
+class Rotary(nn.Module):
+    """Phases for heads of width E at patch positions `offset … offset + T − 1`.
+
+    The angle is formed in float64: at a million patches float32 would be off by tenths of a radian, and
+    streaming has no longest context.
+    """
+
+    def __init__(self, head_width: int, base: float):
+        super().__init__()
+        # Kept out of the module's buffers so that `.half()` or a checkpoint cannot round it, and made on the CPU
+        # even when the module is built on the meta device.
+        exponents = torch.arange(0, head_width, 2, dtype=torch.float64, device="cpu") / head_width
+        self._frequencies = base**-exponents
+
+    def forward(self, T: int, offset: int, device: torch.device) -> Phases:
+        """(cos, sin), each [T, 1, E / 2] in float32, to broadcast over heads of [..., T, H, E]."""
+        if self._frequencies.device != device:
+            self._frequencies = self._frequencies.to(device)
+        positions = torch.arange(offset, offset + T, dtype=torch.float64, device=device)
+        angles = torch.outer(positions, self._frequencies)
+        return angles.cos().float().unsqueeze(1), angles.sin().float().unsqueeze(1)
+
+
+def rotate(x: Tensor, phases: Phases) -> Tensor:
+    """Turn the channel pairs (e, e + E/2) of x [..., T, H, E] by their phases, in x's type."""
+    cos, sin = (phase.to(x.dtype) for phase in phases)
+    left, right = x.chunk(2, -1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)

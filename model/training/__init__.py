@@ -1,0 +1,1 @@
+"""The trainer: optimizer, schedules, the step and its CUDA graph, checkpoints, metrics."""

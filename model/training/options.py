@@ -1,0 +1,83 @@
+"""Options of a training run, validated, with the defaults of each preset."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from model.training.optimizer import OPTIMIZERS
+
+AMP = ("auto", "bf16", "fp16", "off")
+
+# What a run is when nothing else is said: enough steps that the result is worth looking at.
+PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
+    "nano": {"steps": 600, "batch_size": 16, "seq_len": 512, "lr": 6e-3},
+    "small": {"steps": 3504, "batch_size": 8, "seq_len": 1024, "lr": 3e-3},
+    "base": {"steps": 8000, "batch_size": 32, "seq_len": 1024, "lr": 2e-3},
+    "large": {"steps": 16000, "batch_size": 64, "seq_len": 1024, "lr": 1e-3},
+}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """One run. Everything here is in the checkpoint, so that `--resume` needs nothing else."""
+
+    preset: str
+    curriculum: str
+    steps: int
+    batch_size: int  # sequences per step and worker
+    seq_len: int  # bytes per sequence, where a stage does not say
+    lr: float  # peak learning rate
+    optimizer: str = "muon"
+    weight_decay: float = 0.1
+    warmup: float = 0.02  # share of the steps
+    decay: float = 0.6  # share of the steps, linear to zero
+    clip: float = 1.0  # largest gradient norm
+    amp: str = "auto"
+    seed: int = 0
+    eval_every: int = 0  # steps; 0 is ten times a run
+    save_every: int = 0  # steps; 0 is ten times a run
+    eval_bytes: int = 65536  # of each validation split, in the evaluations along the way
+    eval_context: int = 1024  # bytes of a validation window
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_bytes", "eval_context"):
+            self._accept(name, "an integer ≥ 1", lambda v: _is_int(v) and v >= 1)
+        self._accept("seq_len", "an integer ≥ 2", lambda v: _is_int(v) and v >= 2)
+        for name in ("eval_every", "save_every", "seed"):
+            self._accept(name, "an integer ≥ 0", lambda v: _is_int(v) and v >= 0)
+        for name in ("lr", "clip"):
+            self._accept(name, "a number > 0", lambda v: 0 < v < float("inf"))
+        for name in ("weight_decay", "warmup", "decay"):
+            self._accept(name, "a number from 0 to 1", lambda v: 0 <= v <= 1)
+        self._accept("optimizer", f"one of {', '.join(OPTIMIZERS)}", lambda v: v in OPTIMIZERS)
+        self._accept("amp", f"one of {', '.join(AMP)}", lambda v: v in AMP)
+
+    def _accept(self, name: str, accepted: str, test) -> None:
+        value = getattr(self, name)
+        if not test(value):
+            raise ValueError(f"{name}={value!r}: accepted is {accepted}")
+
+    @classmethod
+    def build(cls, preset: str, curriculum: str, **given: Any) -> "TrainingOptions":
+        """The preset's defaults changed by what was given (None means not given)."""
+        if preset not in PRESET_DEFAULTS:
+            raise ValueError(f"preset={preset!r}: accepted are {', '.join(PRESET_DEFAULTS)}")
+        chosen = PRESET_DEFAULTS[preset] | {name: value for name, value in given.items() if value is not None}
+        return cls(preset=preset, curriculum=curriculum, **chosen)
+
+    @property
+    def eval_interval(self) -> int:
+        """Steps between evaluations."""
+        return self.eval_every or max(1, self.steps // 10)
+
+    @property
+    def save_interval(self) -> int:
+        """Steps between saves."""
+        return self.save_every or max(1, self.steps // 10)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for checkpoints and metrics."""
+        return asdict(self)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

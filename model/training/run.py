@@ -1,0 +1,150 @@
+"""A whole run of train_curriculum.py: from its arguments to the report and the sample at its end."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.config import AGIFormerConfig
+from model.data import load_curriculum
+from model.inference.generate import generate
+from model.inference.text import Utf8Emitter
+from model.training.checkpoint import CheckpointError, load_checkpoint, load_training_state
+from model.training.distributed import join_workers
+from model.training.options import TrainingOptions
+from model.training.trainer import BEST, LAST, Trainer
+
+# Arguments that may differ from the checkpoint's when a run is resumed: they change what comes, not what was.
+CHANGEABLE = ("eval_every", "save_every")
+
+
+def run_curriculum(arguments: Namespace, install_signal_handlers: Callable[[Callable[[], None]], None]) -> int:
+    """Train as the arguments say; 0 when done or stopped cleanly. ValueError for what a user can mend."""
+    workers, device = join_workers(arguments.device)
+    resume = _resume_path(arguments)
+    saved = _saved_run(resume) if resume else None
+    options, config = _options(arguments, device, saved)
+    trainer = Trainer(
+        config,
+        options,
+        load_curriculum(options.curriculum),
+        out=arguments.out,
+        device=device,
+        workers=workers,
+        cache_dir=arguments.cache_dir,
+        graph=not arguments.no_graph,
+        quiet=arguments.quiet,
+    )
+    if resume:
+        trainer.resume(resume)
+    if workers.is_main:
+        _announce(trainer, resume)
+
+    def request_stop() -> None:
+        trainer.stop_requested = True
+
+    install_signal_handlers(request_stop)
+    complete = trainer.train()
+    if not workers.is_main:
+        return 0
+    trainer.plot()
+    if not complete:
+        print(f"stopped at step {trainer.step} of {options.steps}, saved; go on with --resume --out {arguments.out}")
+        return 0
+    _report(trainer, arguments.sample_bytes)
+    return 0
+
+
+def _resume_path(arguments: Namespace) -> Path | None:
+    if arguments.resume is None:
+        return None
+    if arguments.resume:
+        if not Path(arguments.resume).is_file():
+            raise CheckpointError(f"--resume {arguments.resume}: no such file")
+        return Path(arguments.resume)
+    path = Path(arguments.out) / LAST
+    if path.is_file():
+        return path
+    print(f"--resume: no {LAST} in {arguments.out} yet, starting from the beginning", file=sys.stderr)
+    return None
+
+
+def _saved_run(path: Path) -> dict[str, Any]:
+    _, values = load_training_state(path)
+    if "metrics" not in values:
+        raise CheckpointError(f"--resume {path}: holds weights without training state; accepted is a {LAST}")
+    return values["metrics"]["run"]
+
+
+def _options(
+    arguments: Namespace, device: torch.device, saved: dict[str, Any] | None
+) -> tuple[TrainingOptions, AGIFormerConfig]:
+    names = ("steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "warmup", "decay", "clip", "amp")
+    names += ("seed", "eval_every", "save_every")
+    given = {name: getattr(arguments, name) for name in names}
+    if saved is None:
+        preset = arguments.preset or ("small" if device.type == "cuda" else "nano")
+        config = AGIFormerConfig.preset(preset).with_settings(arguments.set)
+        return TrainingOptions.build(preset, arguments.curriculum or "pydoc", **given), config
+    options, config = dict(saved["options"]), AGIFormerConfig.from_dict(saved["config"])
+    given |= {"preset": arguments.preset, "curriculum": arguments.curriculum}
+    for name, value in given.items():
+        if value is not None and value != options[name] and name not in CHANGEABLE:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} {value}: the run being resumed has {options[name]}; accepted is that, or leaving it out"
+            )
+        if value is not None:
+            options[name] = value
+    if config.with_settings(arguments.set) != config:
+        raise ValueError(f"--set {' '.join(arguments.set)}: differs from the model being resumed; leave it out")
+    return TrainingOptions(**options), config
+
+
+def _announce(trainer: Trainer, resume: Path | None) -> None:
+    options, model = trainer.options, trainer.model
+    amp = trainer.metrics.data["run"]["amp"]
+    print(
+        f"{options.preset}: {model.parameter_count() / 1e6:.2f} M parameters on {trainer.device}, amp {amp}; "
+        f"curriculum {trainer.curriculum.name}, {options.steps} steps"
+    )
+    for stage in trainer.metrics.data["stages"]:
+        print(
+            f"  stage {stage['name']}: steps {stage['start']}–{stage['end']}, α {stage['plasticity']:g}, "
+            f"{stage['train_bytes'] / 1e6:.2f} MB to train on, {stage['val_bytes'] / 1e3:.0f} kB held out"
+        )
+    if resume:
+        print(f"  resumed from {resume} at step {trainer.step}")
+    sys.stdout.flush()
+
+
+def _report(trainer: Trainer, sample_bytes: int) -> None:
+    """The end of a run on stdout: BPC of every stage's validation split, and a sample of text."""
+    data = trainer.metrics.data
+    print(f"\nvalidation BPC (bits per byte) after each stage, windows of {trainer.options.eval_context} bytes:")
+    names = [stage["name"] for stage in data["stages"]]
+    width = max(12, *(len(name) for name in names))
+    print(" " * 18 + "".join(f"{name:>{width + 2}}" for name in names))
+    for row in data["retention"]:
+        print(f"after {row['after']:<12}" + "".join(f"{row['bpc'][name]:>{width + 2}.3f}" for name in names))
+    for name in names:
+        print(f"BPC {name}: {data['retention'][-1]['bpc'][name]:.3f}")
+    print(f"steps skipped for non-finite gradients: {data['skipped_steps']}")
+    print(f"best model: step {data['best']['step']}, mean BPC {data['best']['mean']:.3f}")
+    if sample_bytes > 0:
+        print("\nsample, temperature 0.8:")
+        print(sample_text(trainer, sample_bytes))
+    print(f"\nwritten to {trainer.out}/: {BEST}, {LAST}, metrics_curriculum.json, log_curriculum.jsonl, curriculum.png")
+
+
+def sample_text(trainer: Trainer, sample_bytes: int) -> str:
+    """Text from the run's last model, from an empty prompt, with the run's seed."""
+    model = load_checkpoint(trainer.out / LAST, trainer.device)
+    emitter = Utf8Emitter()
+    text = ""
+    for event in generate(model, b"", max_bytes=sample_bytes, temperature=0.8, seed=trainer.options.seed):
+        text += emitter.feed(event.data)
+    return text + emitter.close()

@@ -1,0 +1,109 @@
+"""The training step, as lines that a reader sees, and its capture as one CUDA graph.
+
+Static shapes and no host synchronisation: learning rate, plasticity, the loss and the decision to skip a non-finite
+step are device tensors. The eager path is the reference; a captured step runs the same kernels.
+"""
+
+import torch
+from torch import Tensor
+
+from model.agiformer import AGIFormer
+from model.training.distributed import Workers
+from model.training.optimizer import MuonAdamW
+
+EAGER_STEPS = 3  # steps run eagerly before capture: libraries allocate their workspaces in them
+
+
+class TrainingStep:
+    """One optimization step on a batch of bytes.
+
+    Args:
+        amp_dtype: torch.bfloat16, torch.float16 (then with a GradScaler) or None for float32.
+        clip_norm: largest gradient norm.
+        graph: capture the step on CUDA after a few eager ones, again for every new batch shape.
+    """
+
+    def __init__(
+        self,
+        model: AGIFormer,
+        optimizer: MuonAdamW,
+        *,
+        amp_dtype: torch.dtype | None = None,
+        clip_norm: float = 1.0,
+        graph: bool = False,
+        workers: Workers | None = None,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.amp_dtype = amp_dtype
+        self.clip_norm = clip_norm
+        self.device = model.start.device
+        self.workers = workers or Workers()
+        self.graph = graph and self.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
+        self._shape: tuple[int, ...] | None = None
+        self._captured: torch.cuda.CUDAGraph | None = None
+        self._eager_left = 0
+        if self.graph:
+            # Eager and captured steps on one side stream, as capture wants it.
+            self._stream = torch.cuda.Stream()
+
+    def run(self, batch: Tensor) -> Tensor:
+        """Train on batch [B, L] uint8 (pinned, if on the host) → the loss in nats per byte, a device scalar."""
+        if not self.graph:
+            return self._step(batch.to(self.device, non_blocking=True))
+        if tuple(batch.shape) != self._shape:
+            self._shape = tuple(batch.shape)
+            self._captured = None
+            self._eager_left = EAGER_STEPS
+            self._input = torch.empty(batch.shape, dtype=batch.dtype, device=self.device)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._input.copy_(batch, non_blocking=True)
+            if self._eager_left:
+                self._eager_left -= 1
+                loss = self._step(self._input)
+            else:
+                if self._captured is None:
+                    self._capture()
+                self._captured.replay()
+                loss = self._loss
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return loss
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            self._loss = self._step(self._input)
+        self._captured = graph
+
+    def _step(self, x: Tensor) -> Tensor:
+        model, optimizer, scaler = self.model, self.optimizer, self.scaler
+        optimizer.zero_grad()
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            loss = model.loss(x)  # 1. main loss
+        scaler.scale(loss).backward()  # 4. backward,
+        self.workers.average_(optimizer.grads)
+        scaler.unscale_(optimizer)  #    unscale
+        optimizer.clip(self.clip_norm)  # 6. clip; notes non-finite gradients
+        scaler.step(optimizer)  # 7. optimizer step, skipped on the device when they are
+        scaler.update()
+        return loss.detach()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Optimizer and loss-scale state by name, for a checkpoint."""
+        state = self.optimizer.state_tensors()
+        if self.scaler.is_enabled():
+            saved = self.scaler.state_dict()
+            state["scaler.scale"] = torch.tensor(float(saved.get("scale", 2.0**16)))
+            state["scaler.growth"] = torch.tensor(float(saved.get("_growth_tracker", 0)))
+        return state
+
+    def load_state_tensors(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_tensors`."""
+        self.optimizer.load_state_tensors(state)
+        if self.scaler.is_enabled() and "scaler.scale" in state:
+            saved = self.scaler.state_dict()
+            saved["scale"] = state["scaler.scale"].item()
+            saved["_growth_tracker"] = int(state["scaler.growth"].item())
+            self.scaler.load_state_dict(saved)

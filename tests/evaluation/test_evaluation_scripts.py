@@ -1,0 +1,173 @@
+"""The scripts as a user runs them, with their exit statuses and one-line errors.
+
+What needs PyTorch and is no whole run calls `main` in this process: importing it again takes seconds.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model import save_checkpoint
+from model.evaluation.__main__ import main as evaluate
+from model.evaluation.bpc import bits_per_byte
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, random_model):
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(random_model, folder / "checkpoints" / "best_model_curriculum.safetensors")
+    (folder / "damaged.safetensors").write_bytes(b"not a checkpoint at all")
+    (folder / "text.txt").write_bytes("Kısa bir metin, with two languages.\n".encode() * 5)
+    (folder / "empty.txt").write_bytes(b"")
+    return folder
+
+
+def run(folder, *command):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    arguments = [str(ROOT / command[0]), *command[1:]] if command[0].endswith(".py") else command
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture
+def in_process(folder, monkeypatch, capsys):
+    """Like `run`, by the script's `main` in this process."""
+    monkeypatch.chdir(folder)
+
+    def run(script, *arguments):
+        spec = importlib.util.spec_from_file_location(f"script_{script[:-3]}", ROOT / script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        code = module.main(list(arguments))
+        return subprocess.CompletedProcess(script, code, *capsys.readouterr())
+
+    return run
+
+
+def one_line(done, *parts):
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert all(part in done.stderr for part in parts), done.stderr
+
+
+def test_recall_runs_and_fails_honestly(folder):
+    name = "best_model_curriculum.safetensors"
+    done = run(folder, "test_recall.py", name, "--lengths", "200,300", "--samples", "4", "--json", "out/recall.json")
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[:2] == ["bytes", "samples"] and lines[1].split()[:2] == ["200", "4"]
+    assert lines[-1].startswith("FAIL") and "recall" in done.stderr
+    data = json.loads((folder / "out" / "recall.json").read_text())
+    assert [cell["length"] for cell in data["cells"]] == [200, 300] and data["passed"] is False
+
+
+def test_inspect_finds_its_checkpoint(in_process, folder):
+    done = in_process("inspect_reasoning.py", "--text", "text.txt", "--steps", "2", "--json", "reasoning.json")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("step") and len(lines) == 6
+    data = json.loads((folder / "reasoning.json").read_text())
+    assert lines[-1] == f"{data['verdict']}: {data['reason']}"
+    assert len(data["steps"]) == 3 and data["bytes"] == (folder / "text.txt").stat().st_size
+
+
+def test_inspect_without_a_checkpoint_says_how_to_get_one(in_process, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    one_line(in_process("inspect_reasoning.py"), "best_model_curriculum.safetensors", "python train_curriculum.py")
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["test_recall.py", "damaged.safetensors"], "damaged.safetensors"),
+        (["test_recall.py", "missing.safetensors"], "missing.safetensors"),
+        (["test_recall.py", "best_model_curriculum.safetensors", "--device", "tpu"], "--device tpu"),
+        (["test_recall.py", "missing", "--lengths", "900,50"], "length=50: accepted is at least"),
+        (["inspect_reasoning.py", "damaged.safetensors"], "damaged.safetensors"),
+        (["inspect_reasoning.py", "--text", "missing.txt"], "missing.txt"),
+        (["inspect_reasoning.py", "--text", "empty.txt"], "empty.txt"),
+    ],
+)
+def test_bad_files_and_devices_are_one_line(in_process, arguments, named):
+    one_line(in_process(*arguments), named)
+
+
+def test_a_pass_exits_with_zero(in_process, monkeypatch):
+    monkeypatch.setattr("model.evaluation.recall.PASS_ACCURACY", 0.0)
+    done = in_process("test_recall.py", "best_model_curriculum.safetensors", "--lengths", "200", "--samples", "1")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("PASS")
+
+
+@pytest.mark.parametrize(
+    "command, named",
+    [
+        (["test_recall.py"], "checkpoint"),
+        (["test_recall.py", "x", "--lengths", "200,a"], "--lengths"),
+        (["test_recall.py", "x", "--samples", "0"], "--samples"),
+        (["test_recall.py", "x", "--depth", "2"], "--depth"),
+        (["test_recall.py", "x", "--language", "de"], "--language"),
+        (["inspect_reasoning.py", "x", "--steps", "-1"], "--steps"),
+        (["inspect_reasoning.py", "x", "--unknown"], "--unknown"),
+    ],
+)
+def test_bad_arguments_are_one_line(tmp_path, command, named):
+    one_line(run(tmp_path, *command), named)
+
+
+@pytest.mark.parametrize("script", ["test_recall.py", "inspect_reasoning.py"])
+def test_help_does_not_load_pytorch(tmp_path, script):
+    code = "import runpy, sys; sys.argv = ['x', '--help']\n"
+    code += f"try: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+    code += "\nexcept SystemExit as stop: assert stop.code == 0 and 'torch' not in sys.modules"
+    assert run(tmp_path, "-c", code).returncode == 0
+
+
+def test_the_package_evaluates_a_whole_file(folder, random_model):
+    checkpoint = "best_model_curriculum.safetensors"
+    command = ["-m", "model.evaluation", checkpoint, "text.txt", "--split", "all", "--context", "32", "--json"]
+    done = run(folder, *command)
+    assert done.returncode == 0, done.stderr
+    (stage,) = json.loads(done.stdout)["stages"]
+    expected = bits_per_byte(random_model, (folder / "text.txt").read_bytes(), context=32)
+    assert stage["stage"] == "text.txt" and stage["bytes"] == expected.bytes
+    assert stage["bpc"] == pytest.approx(expected.bpc, rel=1e-5)
+
+
+def test_the_package_evaluates_the_val_split_of_a_curriculum(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("AGIFORMER_CACHE", str(folder / "cache"))
+    for name in ("one", "two"):
+        Path(f"{name}.txt").write_bytes(b"".join(b"line %d of a document\n\n" % i for i in range(200)))
+    stage = '[[stages]]\nname = "{0}"\nsource = "{0}.txt"\nshare = 0.5\nplasticity = 0.5\n'
+    Path("both.toml").write_text('name = "both"\n' + stage.format("one") + stage.format("two"))
+    assert evaluate(["best_model_curriculum.safetensors", "both.toml", "--stream", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [["one", "val"], ["two", "val"]]
+    assert lines[1].split()[2:] == lines[2].split()[2:]  # the same text in both
+    assert lines[3].startswith("context:") and len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["missing.safetensors", "text.txt"], "missing.safetensors"),
+        (["damaged.safetensors", "text.txt"], "damaged.safetensors"),
+        (["best_model_curriculum.safetensors", "no-such-curriculum"], "no-such-curriculum"),
+        (["best_model_curriculum.safetensors", "empty.txt", "--split", "all"], "empty.txt"),
+        (["best_model_curriculum.safetensors", "text.txt", "--split", "all", "--context", "0"], "context=0"),
+        (["best_model_curriculum.safetensors", "text.txt", "--device", "tpu"], "--device tpu"),
+    ],
+)
+def test_bad_input_of_the_package_is_one_line(folder, monkeypatch, capsys, arguments, named):
+    monkeypatch.chdir(folder)
+    assert evaluate(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.strip().splitlines()) == 1 and named in captured.err

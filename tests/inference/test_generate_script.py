@@ -1,0 +1,233 @@
+"""generate.py from outside: its streams, its exit codes, its one-line errors."""
+
+import importlib.util
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import save_checkpoint
+from model.inference.generate import generate
+
+SCRIPT = Path(__file__).parents[2] / "generate.py"
+# The script must not need a UTF-8 locale.
+ENVIRONMENT = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    """A folder with checkpoints/tiny.safetensors, the same as .pth, and damaged ones."""
+    folder = tmp_path_factory.mktemp("script")
+    model = tiny_model()
+    whole = save_checkpoint(model, folder / "checkpoints" / "tiny.safetensors").read_bytes()
+    torch.save({"config": model.config.to_dict(), "model": model.state_dict()}, folder / "tiny.pth")
+    (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.safetensors").write_bytes(b"")
+    (folder / "text.safetensors").write_text("not a checkpoint\n")
+    (folder / "cut.pth").write_bytes((folder / "tiny.pth").read_bytes()[:1000])
+    torch.save(["a list"], folder / "list.pth")
+    return folder
+
+
+@pytest.fixture
+def call(folder, capsys, monkeypatch):
+    """call(*arguments) → (exit code, stdout, stderr), run inside this process."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: str, stdin: bytes | None = None):
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        try:
+            code = script.main([*arguments, "--device", "cpu"])
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def expected(model, prompt: bytes, row: int = 0, **arguments) -> str:
+    data = b"".join(piece.data for piece in generate(model, prompt, **arguments) if piece.row == row)
+    return data.decode("utf-8")
+
+
+def start(folder, *arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *arguments], cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options,
+    )  # fmt: skip
+
+
+def test_bare_name_and_raw_stdin_in_a_c_locale(folder, tiny_model):
+    prompt = "ılık".encode() + b"\xff\n"
+    arguments = ["tiny.safetensors", "--max-bytes", "60", "--seed", "5", "--temperature", "1.2", "--threads", "1"]
+    process = start(folder, *arguments, stdin=subprocess.PIPE)
+    out, err = process.communicate(prompt, timeout=60)
+    assert process.returncode == 0, err
+    text = expected(tiny_model(), prompt, max_bytes=60, seed=5, temperature=1.2)
+    assert out == text.encode() and not text.isascii()
+    assert err.count(b"\n") == 1 and b"prompt 8 bytes" in err and b"bytes/s; seed 5" in err
+
+
+def test_ctrl_c_and_a_closed_pipe(folder):
+    """Both in the middle of a stream that would go on for hours; text comes before the end."""
+    arguments = ["tiny.safetensors", "--max-bytes", "100000000", "--prompt", "x", "--threads", "1"]
+    interrupted, closed = start(folder, *arguments), start(folder, *arguments)
+    assert interrupted.stdout.read(20) and closed.stdout.read(20)
+    interrupted.send_signal(signal.SIGINT)
+    closed.stdout.close()
+    _, err = interrupted.communicate(timeout=60)
+    assert interrupted.returncode == 130 and b"Traceback" not in err and b"stopped" in err
+    assert closed.wait(timeout=60) == 0 and closed.stderr.read() == b""
+    closed.stderr.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
+def test_a_full_disk_is_one_line(folder):
+    with open("/dev/full", "wb") as full:
+        arguments = [sys.executable, SCRIPT, "tiny.safetensors", "--prompt", "x", "--threads", "1"]
+        found = subprocess.run(arguments, cwd=folder, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert found.returncode == 1 and found.stderr == b"generate.py: error: stdout: No space left on device\n"
+
+
+def test_too_little_memory_is_one_line(call, monkeypatch):
+    def exhausted(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes")
+
+    monkeypatch.setattr("model.inference.generate.generate", exhausted)
+    code, _, err = call("tiny.safetensors", "--prompt", "x", "--batch", "9")
+    assert code == 2 and err.count("\n") == 1 and "--batch 9" in err
+
+
+def test_help_and_bad_arguments_do_not_load_torch():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['generate.py', *sys.argv[2:]]\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    found = subprocess.run([sys.executable, "-c", code, "", "--help"], env=ENVIRONMENT, capture_output=True, timeout=60)
+    assert found.returncode == 0 and b"--thinking-steps" in found.stdout and b"default 0.8" in found.stdout
+    found = subprocess.run([sys.executable, "-c", code, "", "x", "--top-k", "0"], env=ENVIRONMENT, capture_output=True)
+    assert found.returncode == 2 and found.stderr.count(b"\n") == 1
+
+
+def test_prompts_from_everywhere(call, folder, tiny_model):
+    prompt = "Bir varmış\n".encode()
+    (folder / "prompt.txt").write_bytes(prompt)
+    text = expected(tiny_model(), prompt, max_bytes=30, seed=1)
+    common = ["tiny.safetensors", "--max-bytes", "30", "--seed", "1"]
+    assert call(*common, "--prompt", prompt.decode())[:2] == (0, text)
+    assert call(*common, "--prompt-file", "prompt.txt")[:2] == (0, text)
+    assert call(*common, "--prompt", "-", stdin=prompt)[:2] == (0, text)
+    assert call(*common, stdin=prompt)[:2] == (0, text)
+    assert call(*common, "--prompt", "")[1] == call(*common, stdin=b"")[1] != text
+
+
+def test_pth_equals_safetensors(call):
+    common = ["--prompt", "x", "--max-bytes", "30", "--seed", "1", "--top-k", "50", "--top-p", "0.9"]
+    assert call("tiny.pth", *common)[:2] == call("checkpoints/tiny.safetensors", *common)[:2]
+
+
+def test_every_option_reaches_the_model(call, tiny_model):
+    text = expected(
+        tiny_model(), b"x", max_bytes=50, seed=3, temperature=1.1, top_k=90, top_p=0.95, thinking_steps=1,
+    )  # fmt: skip
+    found = call("tiny.safetensors", "--prompt", "x", "--max-bytes", "50", "--seed", "3", "--temperature", "1.1",
+                 "--top-k", "90", "--top-p", "0.95", "--thinking-steps", "1")  # fmt: skip
+    assert found[:2] == (0, text)
+
+
+def test_batches_are_printed_whole_and_in_order(call, tiny_model):
+    texts = [expected(tiny_model(), b"x", row, max_bytes=40, seed=2, batch=3) for row in range(3)]
+    code, out, err = call("tiny.safetensors", "--prompt", "x", "--max-bytes", "40", "--seed", "2", "--batch", "3")
+    assert code == 0 and out == "".join(text + "\n" for text in texts)
+    assert err.splitlines()[:3] == [f"--- sample {i} of 3 ---" for i in (1, 2, 3)]
+
+
+def test_any_bytes_come_out_as_replacement_characters(call):
+    arguments = ["tiny.safetensors", "--prompt", "x", "--seed", "2", "--temperature", "2"]
+    assert "\ufffd" in call(*arguments, "--any-bytes")[1]
+    assert "\ufffd" not in call(*arguments)[1]
+
+
+def test_a_prompt_inside_a_character_comes_out_whole(call):
+    prompt = "漢".encode()[:2]
+    code, out, _ = call("tiny.safetensors", "--prompt", "-", "--max-bytes", "1", stdin=prompt)
+    assert code == 0 and len(out) == 1 and out.encode()[:2] == prompt
+
+
+def test_stop_escapes(call, tiny_model):
+    assert script.stop_string(r"a\n\t\r\0\\b") == b"a\n\t\r\0\\b"
+    assert script.stop_string(r"ğ\xff\x0aé") == "ğ".encode() + b"\xff\n" + "é".encode()
+    assert script.stop_string(r"\\n") == rb"\n"
+    assert script.stop_string(r"\u011f\u6f22") == "ğ漢".encode()
+    whole = expected(tiny_model(), b"x", max_bytes=200, seed=4)
+    stop = next(c for c in whole[20:] if c.isascii() and c.isprintable() and c not in "\\-")
+    escaped = f"\\x{ord(stop):02x}"
+    found = call(
+        "tiny.safetensors", "--prompt", "x", "--seed", "4", "--max-bytes", "200", "--stop", "~~~", "--stop", escaped
+    )
+    assert found[:2] == (0, whole[: whole.index(stop)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["CHECKPOINT"]),
+        (["--max-bytes", "0"], ["--max-bytes", "'0'", "at least 1"]),
+        (["--max-bytes", "1e3"], ["--max-bytes", "'1e3'", "integer"]),
+        (["--temperature", "-1"], ["--temperature", "'-1'", "at least 0"]),
+        (["--temperature", "nan"], ["--temperature", "'nan'", "finite"]),
+        (["--temperature", "hot"], ["--temperature", "'hot'", "number"]),
+        (["--top-k", "257"], ["--top-k", "'257'", "1 to 256"]),
+        (["--top-p", "0"], ["--top-p", "'0'", "above 0"]),
+        (["--top-p", "1.5"], ["--top-p", "'1.5'", "up to 1"]),
+        (["--seed", "-3"], ["--seed", "'-3'", "from 0"]),
+        (["--batch", "none"], ["--batch", "'none'", "integer"]),
+        (["--thinking-steps", "-1"], ["--thinking-steps", "'-1'", "at least 0"]),
+        (["--stop", ""], ["--stop", "''", "one byte"]),
+        (["--stop", r"\q"], ["--stop", r"\q", r"\n"]),
+        (["--stop", "\\"], ["--stop", "escapes"]),
+        (["--threads", "0"], ["--threads", "'0'"]),
+        (["--device", "tpu"], ["--device", "tpu", "cuda"]),
+        (["--prompt", "a", "--prompt-file", "b"], ["--prompt-file", "--prompt"]),
+        (["--colour"], ["--colour", "--help"]),
+    ],
+)
+def test_bad_arguments_get_one_line_and_code_2(call, arguments, words):
+    code, out, err = call(*(["tiny.safetensors"] if arguments else []), *arguments)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    "name", ["missing.safetensors", "missing/tiny.safetensors", "checkpoints", "cut.safetensors", "empty.safetensors",
+             "text.safetensors", "cut.pth", "list.pth"],
+)  # fmt: skip
+def test_bad_files_get_one_line_and_code_1(call, name):
+    code, out, err = call(name, "--prompt", "x")
+    assert code == 1 and out == "" and err.count("\n") == 1 and name in err, err
+
+
+def test_bad_prompt_files_get_one_line_and_code_1(call):
+    for name in ("missing.txt", "checkpoints"):
+        code, _, err = call("tiny.safetensors", "--prompt-file", name)
+        assert code == 1 and err.count("\n") == 1 and f"--prompt-file {name!r}" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+def test_cuda_where_there_is_none_is_an_argument_error(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["tiny.safetensors", "--prompt", "x", "--device", "cuda"])
+    assert "--device 'cuda'" in capsys.readouterr().err

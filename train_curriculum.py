@@ -1,0 +1,88 @@
+"""Train an AGIFormer from scratch through a curriculum.
+
+    python train_curriculum.py                                    # a first model: nano on a CPU, small on a GPU
+    python train_curriculum.py --curriculum my_texts/             # your own file or folder
+    python train_curriculum.py --preset small --curriculum local --steps 3504 --batch-size 8
+    python train_curriculum.py --resume                           # go on where the last run in --out stopped
+    torchrun --nproc-per-node 2 train_curriculum.py --preset small --curriculum local
+
+Writes best_model_curriculum.safetensors, last_model_curriculum.safetensors, metrics_curriculum.json,
+log_curriculum.jsonl and curriculum.png into --out. Ctrl-C and SIGTERM save and exit; --resume goes on exactly.
+"""
+
+import argparse
+import signal
+import sys
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    what = parser.add_argument_group("what to train, on what")
+    what.add_argument("--preset", help="nano, small, base or large (default: small on CUDA, else nano)")
+    what.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the model")
+    what.add_argument(
+        "--curriculum", help="pydoc, english, turkish, local, a .toml file, or your own file or folder (default: pydoc)"
+    )
+    what.add_argument("--cache-dir", help="folder of encoded corpora (default: $AGIFORMER_CACHE or ~/.cache/agiformer)")
+    what.add_argument("--seed", type=int, help="of weights and data order (default: 0)")
+
+    how = parser.add_argument_group("how long and how (defaults depend on the preset: see docs/training.md)")
+    how.add_argument("--steps", type=int, help="optimization steps of the whole curriculum")
+    how.add_argument("--batch-size", type=int, help="sequences per step, on each device")
+    how.add_argument("--seq-len", type=int, help="bytes per sequence, where a stage does not say")
+    how.add_argument("--optimizer", help="muon or adamw (default: muon)")
+    how.add_argument("--lr", type=float, help="peak learning rate")
+    how.add_argument("--weight-decay", type=float, help="decoupled weight decay of matrices (default: 0.1)")
+    how.add_argument("--warmup", type=float, help="share of the steps with a rising learning rate (default: 0.02)")
+    how.add_argument("--decay", type=float, help="share of the steps with a falling one (default: 0.6)")
+    how.add_argument("--clip", type=float, help="largest gradient norm (default: 1)")
+    how.add_argument(
+        "--amp", help="auto, bf16, fp16 or off (default: auto, which is bf16 or fp16 on CUDA, off on a CPU)"
+    )
+
+    where = parser.add_argument_group("where, and what it leaves")
+    where.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    where.add_argument("--no-graph", action="store_true", help="do not capture the step as a CUDA graph")
+    where.add_argument("--out", default="checkpoints", help="folder for everything written (default: checkpoints)")
+    where.add_argument("--eval-every", type=int, help="steps between validations (default: a tenth of the run)")
+    where.add_argument("--save-every", type=int, help="steps between saves (default: a tenth of the run)")
+    where.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="CHECKPOINT",
+        help="go on from a last_model_curriculum.safetensors (default: the one in --out; starts afresh if there is none)",
+    )
+    where.add_argument(
+        "--sample-bytes", type=int, default=400, help="length of the text sample at the end (default: 400)"
+    )
+    where.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    # Imported after parsing: --help should not wait for torch.
+    from model.training.run import run_curriculum
+
+    try:
+        return run_curriculum(arguments, install_signal_handlers)
+    except (ValueError, OSError) as error:
+        print(f"train_curriculum.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def install_signal_handlers(request_stop) -> None:
+    """The first Ctrl-C or SIGTERM asks the run to save and stop, a second one ends it at once."""
+
+    def handle(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        request_stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
