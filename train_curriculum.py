@@ -2,7 +2,7 @@
 
     python train_curriculum.py                                    # a first model: nano on a CPU, small on a GPU
     python train_curriculum.py --curriculum my_texts/             # your own file or folder
-    python train_curriculum.py --preset small --curriculum local --steps 3504 --batch-size 8
+    python train_curriculum.py --preset small --curriculum local --steps 876
     python train_curriculum.py --resume                           # go on where the last run in --out stopped
     torchrun --nproc-per-node 2 train_curriculum.py --preset small --curriculum local
 
@@ -22,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--preset", help="nano, small, base or large (default: small on CUDA, else nano)")
     what.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the model")
     what.add_argument(
-        "--curriculum", help="pydoc, english, turkish, local, a .toml file, or your own file or folder (default: pydoc)"
+        "--curriculum", help="pydoc, english, turkish, local, a .toml file, your own file or folder (default: pydoc)"
     )
     what.add_argument("--cache-dir", help="folder of encoded corpora (default: $AGIFORMER_CACHE or ~/.cache/agiformer)")
     what.add_argument("--seed", type=int, help="of weights and data order (default: 0)")
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--lr", type=float, help="peak learning rate")
     how.add_argument("--weight-decay", type=float, help="decoupled weight decay of matrices (default: 0.1)")
     how.add_argument("--warmup", type=float, help="share of the steps with a rising learning rate (default: 0.02)")
-    how.add_argument("--decay", type=float, help="share of the steps with a falling one (default: 0.6)")
+    how.add_argument("--decay", type=float, help="share of the steps with a falling one (default: 0.3)")
     how.add_argument("--clip", type=float, help="largest gradient norm (default: 1)")
     how.add_argument(
         "--amp", help="auto, bf16, fp16 or off (default: auto, which is bf16 or fp16 on CUDA, off on a CPU)"
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="CHECKPOINT",
-        help="go on from a last_model_curriculum.safetensors (default: the one in --out; starts afresh if there is none)",
+        help="go on from a last_model_curriculum.safetensors (default: the one in --out; afresh if there is none)",
     )
     where.add_argument(
         "--sample-bytes", type=int, default=400, help="length of the text sample at the end (default: 400)"

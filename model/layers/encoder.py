@@ -32,7 +32,6 @@ class ByteLatentEncoder(nn.Module):
         Returns:
             [B, T, D].
         """
-        B, L = x.shape
         if previous is None:
             embedded = F.pad(self.embedding(x.long()), (0, 0, self.overlap, 0))
         else:

@@ -35,8 +35,9 @@ class LocalAutoregressiveHead(nn.Module):
         return self._cell(self.bytes(previous.long()) + conditioned, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., head_dim] → logits of the next byte [..., 256] in float32."""
-        return self.output(rms_norm(hidden)).float()
+        """hidden [..., head_dim] → logits of the next byte [..., 256], float32 at least."""
+        logits = self.output(rms_norm(hidden))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(self, latents: Tensor, previous: Tensor) -> Tensor:
         """Teacher-forced: latents [B, T, D], previous [B, T, P] the byte before each byte → logits [B, T, P, 256]."""

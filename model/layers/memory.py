@@ -48,24 +48,27 @@ class HebbianMemory(nn.Module):
 
     def log_decay(self, x: Tensor, plasticity: Tensor) -> Tensor:
         """log λ_t = log α + log λ(x_t): x [B, T, D] → [B, H, T] ≤ 0; −inf at α = 0."""
-        gates = F.linear(x.float(), self.gates.weight[: self.n_heads].float(), self.gates.bias[: self.n_heads].float())
-        return plasticity.float().log() + F.logsigmoid(gates).transpose(1, 2)
+        gates = self._gates(x, slice(0, self.n_heads))
+        return plasticity.to(x.dtype).log() + F.logsigmoid(gates)
+
+    def _gates(self, x: Tensor, rows: slice) -> Tensor:
+        weight, bias = self.gates.weight[rows].to(x.dtype), self.gates.bias[rows].to(x.dtype)
+        return F.linear(x, weight, bias).transpose(1, 2)
 
     def forward(
         self, x: Tensor, plasticity: Tensor, state: MemoryState | None = None, impl: str = "auto"
     ) -> tuple[Tensor, MemoryState]:
-        """x [B, T, D] of any float type, plasticity α a scalar tensor in [0, 1] → heads [B, T, D] float32, state."""
+        """x [B, T, D] of any float type, plasticity α a scalar tensor in [0, 1] → heads [B, T, D], state;
+        both float32, or float64 for a float64 model."""
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
-            heads = F.linear(x, self.qkv.weight.float()).unflatten(-1, (3, self.n_heads, -1))
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            heads = F.linear(x, self.qkv.weight.to(x.dtype)).unflatten(-1, (3, self.n_heads, -1))
             queries_keys, v = heads.permute(2, 0, 3, 1, 4).contiguous().split((2, 1))
             v = v[0]  # [B, H, T, E]
             log_decay = self.log_decay(x, plasticity)
             beta = None
             if self.rule == "delta":
-                H = self.n_heads
-                beta = F.linear(x, self.gates.weight[H:].float(), self.gates.bias[H:].float())
-                beta = beta.sigmoid().transpose(1, 2)
+                beta = self._gates(x, slice(self.n_heads, None)).sigmoid()
                 q, k = F.normalize(queries_keys, dim=-1)
             else:
                 q, k = F.elu(queries_keys) + 1

@@ -83,8 +83,8 @@ def load_checkpoint(
 ) -> AGIFormer:
     """The model saved at `path`, in eval mode on `device`.
 
-    A `.pth` or `.pt` file holds a state dict, or {"config": {...}, "model": state dict}; without a config in it or given
-    here, the preset whose shapes fit is taken.
+    A `.pth` or `.pt` file holds a state dict, or {"config": {...}, "model": state dict}; without a config in it or
+    given here, the preset whose shapes fit is taken.
 
     Raises:
         CheckpointError: when the file is missing, truncated, not a checkpoint, or does not fit its config.

@@ -23,7 +23,6 @@ class Metrics:
     def __init__(self, folder: Path, data: dict[str, Any]):
         self.folder = folder
         self.data = data
-        self.started = time.monotonic()
 
     @property
     def path(self) -> Path:
@@ -33,6 +32,7 @@ class Metrics:
     def event(self, kind: str, **values: Any) -> None:
         """Append a line to the event stream."""
         line = {"event": kind, "time": round(time.time(), 3), **values}
+        self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log_curriculum.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

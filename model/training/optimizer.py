@@ -130,8 +130,8 @@ class MuonAdamW:
     def clip(self, max_norm: float) -> Tensor:
         """Limit the gradients of the next step to a norm of `max_norm`; returns the norm, a device scalar.
 
-        The factor is applied where the step reads the gradients, to save a pass over them. A non-finite norm is noted in
-        `found_inf`, which makes the next step a skip.
+        The factor is applied where the step reads the gradients, to save a pass over them. A non-finite norm is
+        noted in `found_inf`, which makes the next step a skip.
         """
         norm = torch.linalg.vector_norm(self.grads)
         self.clip_factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

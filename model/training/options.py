@@ -9,10 +9,10 @@ AMP = ("auto", "bf16", "fp16", "off")
 
 # What a run is when nothing else is said: enough steps that the result is worth looking at.
 PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
-    "nano": {"steps": 600, "batch_size": 16, "seq_len": 512, "lr": 6e-3},
-    "small": {"steps": 3504, "batch_size": 8, "seq_len": 1024, "lr": 3e-3},
-    "base": {"steps": 8000, "batch_size": 32, "seq_len": 1024, "lr": 2e-3},
-    "large": {"steps": 16000, "batch_size": 64, "seq_len": 1024, "lr": 1e-3},
+    "nano": {"steps": 600, "batch_size": 16, "seq_len": 512, "lr": 6e-3, "eval_bytes": 16384},
+    "small": {"steps": 876, "batch_size": 32, "seq_len": 1024, "lr": 4e-3},
+    "base": {"steps": 4000, "batch_size": 64, "seq_len": 1024, "lr": 2e-3},
+    "large": {"steps": 8000, "batch_size": 128, "seq_len": 1024, "lr": 1e-3},
 }
 
 
@@ -29,7 +29,7 @@ class TrainingOptions:
     optimizer: str = "muon"
     weight_decay: float = 0.1
     warmup: float = 0.02  # share of the steps
-    decay: float = 0.6  # share of the steps, linear to zero
+    decay: float = 0.3  # share of the steps, linear to zero
     clip: float = 1.0  # largest gradient norm
     amp: str = "auto"
     seed: int = 0

@@ -16,7 +16,7 @@ from model.config import AGIFormerConfig
 from model.data import CropSampler, Curriculum, open_store
 from model.evaluation.bpc import bits_per_byte
 from model.evaluation.plots import plot_curriculum
-from model.training.checkpoint import load_training_state, save_checkpoint
+from model.training.checkpoint import load_checkpoint, load_training_state, save_checkpoint
 from model.training.distributed import Workers
 from model.training.metrics import Metrics
 from model.training.optimizer import MuonAdamW
@@ -137,7 +137,7 @@ class Trainer:
     def train(self) -> bool:
         """Run from the current step to the end, or until `stop_requested`; True when the run is complete."""
         if self.step == 0:
-            self._save()
+            self._save()  # so that a run killed at any moment leaves something to resume
         self._clock = (time.monotonic(), self.step)
         with tqdm(
             total=self.options.steps, initial=self.step, unit="step", disable=self.quiet, file=sys.stderr
@@ -178,7 +178,8 @@ class Trainer:
     def _log(self) -> None:
         """Read the losses since the last reading; one synchronisation."""
         count = (self.step - 1) % LOG_EVERY + 1
-        bpc = float(self.losses[:count].double().mean().item()) / math.log(2)
+        mean = float(self.losses[:count].double().mean().item()) / math.log(2)
+        bpc = mean if math.isfinite(mean) else None  # NaN is not JSON
         stage_index = self.curriculum.stage_at(self.step - 1, self.options.steps)
         stage = self.curriculum.stages[stage_index]
         row = {"step": self.step, "stage": stage.name, "bpc": bpc}
@@ -190,31 +191,37 @@ class Trainer:
         self.metrics.event("train", **row, bytes_per_second=round(speed))
         self.bar.update(self.step - self.bar.n)
         self.bar.set_postfix_str(
-            f"{stage.name} α={stage.plasticity:g} bpc={bpc:.3f} {speed / 1e6:.3g} MB/s", refresh=False
+            f"{stage.name} α={stage.plasticity:g} bpc={mean:.3f} {speed / 1e6:.3g} MB/s", refresh=False
         )
 
     def _evaluate(self, stage_ended: bool) -> None:
-        """BPC of every stage's validation split: a sample along the way, whole when a stage ends."""
+        """BPC of every stage's validation split: an even sample of each, and all of each when a stage ends.
+
+        The best model is chosen on the samples' mean over the stages: keeping what was learned counts.
+        """
         if self.workers.is_main:
-            max_bytes = None if stage_ended else self.options.eval_bytes
-            bpc = {}
-            for stage, store in zip(self.curriculum.stages, self.stores):
-                bpc[stage.name] = self.evaluate(store.val, max_bytes)
-            stage_name = self.curriculum.stages[self.curriculum.stage_at(self.step - 1, self.options.steps)].name
-            self.metrics.data["evaluations"].append({"step": self.step, "stage": stage_name, "bpc": bpc})
-            if stage_ended:
-                self.metrics.data["retention"].append({"after": stage_name, "bpc": bpc})
+            stage = self.curriculum.stages[self.curriculum.stage_at(self.step - 1, self.options.steps)].name
+            bpc = self._validation_bpc(self.options.eval_bytes)
+            self.metrics.data["evaluations"].append({"step": self.step, "stage": stage, "bpc": bpc})
             mean = sum(bpc.values()) / len(bpc)
             best = self.metrics.data["best"]
             if best is None or mean < best["mean"]:
                 self.metrics.data["best"] = {"step": self.step, "mean": mean, "bpc": bpc}
                 save_checkpoint(self.model, self.out / BEST, values={"step": self.step, "bpc": bpc})
             self.metrics.event("evaluation", step=self.step, bpc=bpc)
+            if stage_ended:
+                bpc = self._validation_bpc(None)
+                self.metrics.data["retention"].append({"after": stage, "bpc": bpc})
+                self.metrics.event("stage_end", step=self.step, stage=stage, bpc=bpc)
             if not self.quiet:
                 figures = "  ".join(f"{name} {value:.3f}" for name, value in bpc.items())
                 tqdm.write(f"step {self.step}: validation BPC  {figures}", file=sys.stderr)
         self.workers.barrier()
         self._clock = (time.monotonic(), self.step)
+
+    def _validation_bpc(self, max_bytes: int | None) -> dict[str, float]:
+        pairs = zip(self.curriculum.stages, self.stores)
+        return {stage.name: self.evaluate(store.val, max_bytes) for stage, store in pairs}
 
     def evaluate(self, data: np.ndarray, max_bytes: int | None = None) -> float:
         """BPC on `data` (uint8) in windows of `eval_context` bytes, at the model's present plasticity."""
@@ -246,8 +253,6 @@ class Trainer:
 
     def resume(self, path: Path) -> None:
         """Go on from the checkpoint at `path`; a different run or different data is an error that says which."""
-        from model.training.checkpoint import load_checkpoint
-
         tensors, values = load_training_state(path)
         if "step" not in values or "metrics" not in values or not tensors:
             raise ValueError(f"--resume {path}: holds weights without training state; accepted is a {LAST}")

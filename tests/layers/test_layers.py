@@ -1,0 +1,249 @@
+"""The layers against independent references written from their formulas."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.layers.attention import AttentionState, WindowAttention, window_attention
+from model.layers.encoder import ByteLatentEncoder
+from model.layers.head import BEGIN, LocalAutoregressiveHead
+from model.layers.memory import HebbianMemory
+from model.layers.reasoning import RecurrentReasoningBlock
+from model.layers.rotary import Rotary, rotate
+
+
+def naive_window_attention(q, k, v, window, cached):
+    """Every query on its own, in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    out = torch.empty_like(q)
+    for t in range(q.shape[1]):
+        last = cached + t
+        keys = slice(max(0, last - window + 1), last + 1)
+        scores = torch.einsum("bhe,bshe->bhs", q[:, t], k[:, keys]) / math.sqrt(q.shape[-1])
+        out[:, t] = torch.einsum("bhs,bshe->bhe", scores.softmax(-1), v[:, keys])
+    return out
+
+
+@pytest.mark.parametrize("cached", [0, 1, 5, 7])
+@pytest.mark.parametrize("T", [1, 3, 8, 9, 16, 17, 24, 61])
+def test_window_attention(T, cached):
+    g = torch.Generator().manual_seed(T)
+    q = torch.randn(2, T, 2, 8, generator=g)
+    k, v = (torch.randn(2, cached + T, 2, 8, generator=g) for _ in range(2))
+    found = window_attention(q, k, v, 8, cached)
+    torch.testing.assert_close(found.double(), naive_window_attention(q, k, v, 8, cached), rtol=1e-5, atol=1e-6)
+
+
+def test_no_quadratic_tensor_in_attention():
+    """Peak memory of a long sequence grows with its length, not with the square: no mask or score of L × L."""
+    layer = WindowAttention(16, 2, 8)
+    rotary = Rotary(8, 10_000.0)
+    sizes = []
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, torch.Tensor):
+                    sizes[-1] = max(sizes[-1], x.numel())
+            return out
+
+    for T in (512, 1024, 2048):
+        sizes.append(0)
+        x = torch.randn(1, T, 16, requires_grad=True)
+        with Largest():
+            layer(x, rotary(T, 0, x.device))[0].sum().backward()
+    assert sizes[1] / sizes[0] < 2.2
+    assert sizes[2] / sizes[1] < 2.2
+
+
+def test_attention_in_pieces_is_the_whole():
+    torch.manual_seed(0)
+    layer = WindowAttention(16, 2, 8)
+    rotary = Rotary(8, 10_000.0)
+    x = torch.randn(2, 40, 16)
+    whole, _ = layer(x, rotary(40, 0, x.device))
+    state, outs, start = None, [], 0
+    for n in (1, 3, 9, 1, 20, 6):
+        out, state = layer(x[:, start : start + n], rotary(n, start, x.device), state)
+        outs.append(out)
+        start += n
+        assert isinstance(state, AttentionState)
+        assert state.k.shape[1] <= 7
+    torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_rotary_scores_depend_on_distance_only():
+    rotary = Rotary(16, 10_000.0)
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+
+    def score(i, j):
+        cpu = torch.device("cpu")
+        return (rotate(q, rotary(1, i, cpu)) * rotate(k, rotary(1, j, cpu))).sum().item()
+
+    assert score(9, 2) == pytest.approx(score(107, 100), abs=1e-5)
+    # Exact far out, where float32 angles would be off by whole radians.
+    assert score(9, 2) == pytest.approx(score(10_000_007, 10_000_000), abs=1e-5)
+    assert score(9, 2) != pytest.approx(score(9, 3), abs=1e-3)
+
+
+def test_rotation_keeps_lengths_and_matches_complex_multiplication():
+    x = torch.randn(1, 5, 2, 8)
+    cos, sin = Rotary(8, 100.0)(5, 3, torch.device("cpu"))
+    turned = rotate(x, (cos, sin))
+    expected = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)
+    torch.testing.assert_close(turned, torch.cat([expected.real, expected.imag], -1))
+
+
+@pytest.mark.parametrize("overlap", [0, 2, 4])
+def test_encoder_is_a_causal_strided_convolution(overlap):
+    torch.manual_seed(0)
+    encoder = ByteLatentEncoder(16, 8, 4, overlap, 8, 10_000.0)
+    x = torch.randint(0, 256, (2, 20))
+    embedded = F.pad(encoder.embedding(x).transpose(1, 2), (overlap, 0))
+    kernel = encoder.projection.weight.view(16, 4 + overlap, 8).transpose(1, 2)
+    expected = F.conv1d(embedded, kernel, stride=4).transpose(1, 2)
+    torch.testing.assert_close(encoder(x), expected, rtol=1e-5, atol=1e-5)
+    previous = x[:, 8 - overlap : 8]
+    torch.testing.assert_close(encoder(x[:, 8:], previous), expected[:, 2:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["hebbian", "delta"])
+def test_memory_is_the_formula_in_float64(rule):
+    torch.manual_seed(0)
+    memory = HebbianMemory(16, 2, rule)
+    with torch.no_grad():
+        memory.gates.weight.normal_()
+    x, alpha = torch.randn(1, 20, 16), 0.7
+    found, _ = memory(x, torch.tensor(alpha))
+    W = memory.qkv.weight.double()
+    gates = x.double() @ memory.gates.weight.double().T + memory.gates.bias.double()
+    q, k, v = ((x.double() @ w.T).view(20, 2, 8) for w in W.chunk(3))
+    expected = torch.empty(20, 2, 8, dtype=torch.float64)
+    for h in range(2):
+        M, z = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
+        for t in range(20):
+            decay = alpha * torch.sigmoid(gates[0, t, h])
+            qt, kt, vt = q[t, h], k[t, h], v[t, h]
+            if rule == "hebbian":
+                qt, kt = F.elu(qt) + 1, F.elu(kt) + 1
+                M, z = decay * M + torch.outer(kt, vt), decay * z + kt
+                expected[t, h] = M.T @ qt / (qt @ z + 1e-6)
+            else:
+                qt, kt = qt / qt.norm(), kt / kt.norm()
+                beta = torch.sigmoid(gates[0, t, 2 + h])
+                M = decay * (torch.eye(8) - beta * torch.outer(kt, kt)) @ M + beta * torch.outer(kt, vt)
+                expected[t, h] = M.T @ qt
+    torch.testing.assert_close(found[0].double(), expected.flatten(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_memory_is_float32_under_autocast(dtype):
+    torch.manual_seed(0)
+    memory = HebbianMemory(16, 2)
+    x = torch.randn(2, 70, 16).to(dtype)
+    with torch.autocast("cpu", dtype):
+        out, state = memory(x, torch.tensor(0.1))
+        assert torch.nn.functional.linear(x, memory.qkv.weight).dtype == dtype  # autocast is really on
+    assert out.dtype == state.M.dtype == state.z.dtype == torch.float32
+    expected, _ = memory(x.float(), torch.tensor(0.1))
+    assert torch.equal(out, expected)  # not a bit of it ran in half precision
+
+
+def test_memory_does_not_overflow_where_half_precision_would():
+    memory = HebbianMemory(16, 2)
+    with torch.no_grad():
+        memory.qkv.weight.mul_(300)
+    with torch.autocast("cpu", torch.float16):
+        out, state = memory(torch.randn(1, 300, 16) * 30, torch.tensor(1.0))
+    assert state.M.abs().max() > 65504  # beyond float16
+    assert torch.isfinite(out).all()
+
+
+def test_memory_lengths_at_initialisation():
+    memory = HebbianMemory(16, 4)
+    decay = memory.log_decay(torch.randn(1, 3, 16), torch.tensor(1.0)).exp()[0, :, 0]
+    torch.testing.assert_close(
+        1 / (1 - decay), torch.tensor([4.0, 4 * 128 ** (1 / 3), 4 * 128 ** (2 / 3), 512.0]), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_plasticity_zero_forgets_everything_at_once():
+    memory = HebbianMemory(16, 2)
+    x = torch.randn(1, 10, 16)
+    changed = x.clone()
+    changed[:, :9] += 1
+    last, _ = memory(x, torch.tensor(0.0))
+    other, _ = memory(changed, torch.tensor(0.0))
+    assert torch.equal(last[:, 9], other[:, 9])
+    remembered, _ = memory(changed, torch.tensor(1.0))
+    assert not torch.allclose(memory(x, torch.tensor(1.0))[0][:, 9], remembered[:, 9])
+
+
+def reasoning_block(steps=3):
+    torch.manual_seed(0)
+    block = RecurrentReasoningBlock(16, 32, steps)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=0.3)
+    return block
+
+
+def test_reasoning_is_its_formula():
+    block = reasoning_block()
+    z = torch.randn(2, 5, 16, dtype=torch.float64)
+    block.double()
+    expected = z
+    for _ in range(3):
+        n = expected / (expected.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        p = torch.sigmoid(n @ block.halt.weight.T + block.halt.bias)
+        g = torch.sigmoid(n @ block.gate.weight.T + block.gate.bias)
+        expected = expected + (1 - p) * g * (torch.relu(n @ block.mlp.up.weight.T) ** 2 @ block.mlp.down.weight.T)
+    torch.testing.assert_close(block(z), expected)
+    assert torch.equal(block(z, 0), z)
+    torch.testing.assert_close(block(block(z, 1), 2), expected)
+
+
+def test_halted_positions_stop_and_others_go_on():
+    block = reasoning_block()
+    z = torch.randn(1, 64, 16)
+    _, p_halt = block.step(z)
+    threshold = p_halt.median().item()
+    stopped = (p_halt >= threshold).squeeze(-1)
+    out = block(z, 4, halt_threshold=threshold)
+    assert torch.equal(out[stopped], z[stopped])
+    assert (out[~stopped] != z[~stopped]).any(-1).all()
+    assert torch.equal(block(z, 4, halt_threshold=1.1), block(z, 4))
+
+
+def test_thinking_steps_are_validated():
+    with pytest.raises(ValueError, match="thinking_steps=-1"):
+        reasoning_block()(torch.zeros(1, 1, 16), -1)
+
+
+def test_head_is_a_gru_cell_over_the_patch():
+    """Against torch.nn.GRUCell with the same weights, byte by byte."""
+    torch.manual_seed(0)
+    head = LocalAutoregressiveHead(16, 8)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(std=0.3)
+    cell = torch.nn.GRUCell(24, 8)
+    with torch.no_grad():
+        cell.weight_ih.copy_(torch.eye(24))
+        cell.bias_ih.zero_()
+        cell.weight_hh.copy_(head.recurrent.weight)
+        cell.bias_hh.copy_(head.recurrent.bias)
+    latents = torch.randn(2, 3, 16)
+    previous = torch.randint(0, 256, (2, 3, 4))
+    previous[:, 0, 0] = BEGIN
+    normed = latents / (latents.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    hidden = torch.tanh(head.initial(normed)).flatten(0, 1)
+    expected = []
+    for j in range(4):
+        hidden = cell((head.bytes(previous[..., j]) + head.condition(normed)).flatten(0, 1), hidden)
+        size = (hidden.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        expected.append(head.output(hidden / size).view(2, 3, 256))
+    torch.testing.assert_close(head(latents, previous), torch.stack(expected, 2), rtol=1e-5, atol=1e-5)
