@@ -28,6 +28,7 @@ def make_random_model(seed: int = 5, **changes) -> AGIFormer:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+        model.start.normal_(generator=generator)
     return model.eval()
 
 

@@ -3,8 +3,9 @@
 Writes are atomic: a file is complete under its name or it is not there. Nothing is ever unpickled: `.pth`
 files are read with `weights_only=True`.
 
-Layout: tensors `model.<name>` (parameters and buffers) and `training.<name>`; header entries `format`, `version`,
-`config` (JSON) and `training` (JSON).
+Layout: tensors `model.<name>` (parameters and buffers) and `training.<name>`, and one header entry, `agiformer`: JSON
+of `version`, `config` and `training`. One, because safetensors writes several in any order, and equal states should
+be equal files.
 """
 
 import contextlib
@@ -50,13 +51,8 @@ def save_checkpoint(
     contents |= {f"training.{name}": tensor for name, tensor in (tensors or {}).items()}
     # Views of one flat buffer must not be written as shared storage: each becomes its own copy.
     contents = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in contents.items()}
-    header = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "config": json.dumps(model.config.to_dict()),
-        "training": json.dumps(values or {}),
-    }
-    return write_atomically(path, serialise(contents, header))
+    header = {"version": VERSION, "config": model.config.to_dict(), "training": values or {}}
+    return write_atomically(path, serialise(contents, {FORMAT: json.dumps(header)}))
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> Path:
@@ -95,8 +91,8 @@ def load_checkpoint(
     if path.suffix in (".pth", ".pt"):
         weights, config = _read_pickle(path, config)
     else:
-        weights, _, saved, _ = _read(path, "model.")
-        config = config or saved
+        weights, header = _read(path, "model.")
+        config = config or _read_config(path, header.get("config"))
     try:
         with torch.device("meta"):
             model = AGIFormer(config)
@@ -109,8 +105,8 @@ def load_checkpoint(
 
 def load_training_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, values) as they were given to `save_checkpoint`; both empty for a file with weights alone."""
-    tensors, values, _, _ = _read(Path(path), "training.")
-    return tensors, values
+    tensors, header = _read(Path(path), "training.")
+    return tensors, header.get("training", {})
 
 
 def find_checkpoint(name: str | os.PathLike, folder: str = "checkpoints") -> Path:
@@ -125,25 +121,23 @@ def find_checkpoint(name: str | os.PathLike, folder: str = "checkpoints") -> Pat
     )
 
 
-def _read(path: Path, prefix: str) -> tuple[dict[str, Tensor], dict, AGIFormerConfig, dict]:
+def _read(path: Path, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors whose names begin with `prefix`, without it, and the header's values."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
+            metadata = file.metadata() or {}
+            if FORMAT not in metadata:
                 raise CheckpointError(f"checkpoint {path}: a safetensors file, but not written by this project")
-            if int(header.get("version", 0)) > VERSION:
-                raise CheckpointError(
-                    f"checkpoint {path}: version {header['version']}, this code reads up to {VERSION}"
-                )
+            header = json.loads(metadata[FORMAT])
+            if header["version"] > VERSION:
+                raise CheckpointError(f"checkpoint {path}: version {header['version']}, accepted are up to {VERSION}")
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
-            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-            config = _read_config(path, json.loads(header["config"]))
-            return tensors, json.loads(header["training"]), config, header
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}, header
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path}: no such file") from None
     except CheckpointError:
         raise
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path}: damaged or not a checkpoint ({_first_line(error)})") from None
 
 

@@ -48,15 +48,17 @@ def join_workers(device: str) -> tuple[Workers, torch.device]:
 
     `device` is "auto", "cpu" or "cuda"; returns this process's place and its device.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {device}: accepted are auto, cpu, cuda")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no CUDA device is available; accepted here is cpu")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return Workers(), torch.device(device)
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
-    if device.startswith("cuda"):
+    if device == "cuda":
         torch.cuda.set_device(local)
         dist.init_process_group("nccl")
         return Workers(rank, size), torch.device("cuda", local)

@@ -1,0 +1,106 @@
+"""The training step: it learns, skips on the device, scales for fp16, and its graph gives the eager numbers."""
+
+import math
+
+import pytest
+import torch
+
+from model.training.optimizer import MuonAdamW
+from model.training.step import EAGER_STEPS, TrainingStep
+from tests.conftest import make_random_model
+
+TEXT = torch.frombuffer(bytearray(b"the quick brown fox jumps over the lazy dog. " * 20), dtype=torch.uint8)
+
+
+def batches(count: int, B: int = 4, L: int = 64):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        starts = torch.randint(0, len(TEXT) - L, (B,), generator=generator)
+        yield torch.stack([TEXT[i : i + L] for i in starts.tolist()])
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
+def test_it_learns_a_repeated_sentence(kind, amp_dtype):
+    model = make_random_model()
+    with torch.no_grad():
+        model.head.output.weight.zero_()
+    step = TrainingStep(model, MuonAdamW(model, optimizer=kind, lr=1e-2), amp_dtype=amp_dtype)
+    losses = [step.run(batch).item() / math.log(2) for batch in batches(60)]
+    assert losses[0] == pytest.approx(8.0, abs=0.01)
+    assert sum(losses[-5:]) / 5 < 3.0
+    assert step.optimizer.skipped.item() == 0
+
+
+def test_float16_overflow_is_skipped_and_the_scale_falls():
+    model = make_random_model()
+    step = TrainingStep(model, MuonAdamW(model, lr=1e-3), amp_dtype=torch.float16)
+    (batch,) = batches(1)
+    step.run(batch)
+    step.scaler.update(2.0**40)  # far beyond what float16 gradients can carry
+    before = model.start.detach().clone()
+    step.run(batch)
+    assert step.optimizer.skipped.item() == 1
+    assert torch.equal(model.start, before)
+    assert step.scaler.get_scale() == 2.0**39
+    state = step.state_tensors()
+    assert state["scaler.scale"].item() == 2.0**39
+    other = TrainingStep(make_random_model(), MuonAdamW(make_random_model()), amp_dtype=torch.float16)
+    other.optimizer = MuonAdamW(other.model)
+    other.load_state_tensors(state)
+    assert other.scaler.get_scale() == 2.0**39
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.float16])
+def test_a_poisoned_batch_changes_nothing(amp_dtype):
+    """A loss that is not finite, as from a broken input: the step is skipped on the device and training goes on."""
+    model = make_random_model()
+    step = TrainingStep(model, MuonAdamW(model, lr=1e-3), amp_dtype=amp_dtype)
+    first, second = batches(2)
+    step.run(first)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    true_loss = model.loss
+    model.loss = lambda x: true_loss(x) * float("nan")
+    step.run(second)
+    model.loss = true_loss
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert step.optimizer.skipped.item() == 1
+    assert math.isfinite(step.run(second).item())
+    assert step.optimizer.skipped.item() == 1
+
+
+def test_the_step_never_reads_a_tensor_on_the_host():
+    """Everything that would wait for a CUDA device shows up here as a local_scalar_dense or nonzero call."""
+    model = make_random_model()
+    step = TrainingStep(model, MuonAdamW(model, lr=1e-3))
+    seen = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    (batch,) = batches(1)
+    with Spy():
+        step.run(batch)
+    assert any("mm" in name for name in seen)
+    forbidden = ("local_scalar", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+    assert [name for name in seen if any(word in name.split(".")[1] for word in forbidden)] == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
+def test_captured_and_eager_steps_agree(amp_dtype):
+    losses = []
+    for graph in (False, True):
+        model = make_random_model().cuda()
+        step = TrainingStep(model, MuonAdamW(model, lr=1e-3), amp_dtype=amp_dtype, graph=graph)
+        run = []
+        for i, batch in enumerate(batches(EAGER_STEPS + 20)):
+            step.optimizer.set_lr(1e-3 if i < 10 else 5e-4)
+            model.set_plasticity(0.1 if i < 15 else 0.9)
+            run.append(step.run(batch.pin_memory()).clone())
+        assert (step._captured is not None) == graph
+        losses.append(torch.stack(run).cpu())
+    torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=2e-3)
+    assert losses[1][-1] < losses[1][0]

@@ -1,0 +1,267 @@
+"""train_curriculum.py as a user runs it: a whole run, its files, stops, kills and resumes, and its errors."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import load_checkpoint
+from model.training.checkpoint import load_training_state
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [f"--set={setting}" for setting in ("d_model=32", "n_layers=1", "n_heads=2", "ffn_dim=32", "byte_dim=16")]
+TINY += [f"--set={setting}" for setting in ("window=8", "reasoning_dim=32", "head_dim=16")]
+RUN = ["--preset", "nano", *TINY, "--batch-size", "2", "--seq-len", "64", "--sample-bytes", "20", "--quiet"]
+
+TOML = """
+name = "three"
+[[stages]]
+name = "words"
+source = "words.txt"
+share = 0.15
+plasticity = 0.1
+[[stages]]
+name = "masal"
+source = "masal.txt"
+share = 0.25
+plasticity = 0.5
+seq_len = 48
+[[stages]]
+name = "long"
+source = "long.txt"
+share = 0.6
+plasticity = 0.99
+"""
+
+
+@pytest.fixture(scope="module")
+def curriculum(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    rng = random.Random(0)
+    for name, words in (
+        ("words", "apple: a fruit. pear: another. plum: a third."),
+        ("masal", "bir varmış bir yokmuş, ağaçlar ışıl ışıl 🌳"),
+        ("long", "the history of the world in many volumes, with plates"),
+    ):
+        documents = [" ".join(rng.choices(words.split(), k=30)) for _ in range(60)]
+        (folder / f"{name}.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    (folder / "three.toml").write_text(TOML, encoding="utf-8")
+    return folder / "three.toml"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return os.environ | {"OMP_NUM_THREADS": "1", "AGIFORMER_CACHE": cache, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, str(ROOT / "train_curriculum.py"), *map(str, arguments)]
+
+
+def train(environment, *arguments, check=True):
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=120)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def whole_run(curriculum, environment, tmp_path_factory):
+    """An unbroken run of 60 steps, and what it printed."""
+    out = tmp_path_factory.mktemp("whole")
+    done = train(environment, *RUN, "--curriculum", curriculum, "--steps", 60, "--out", out)
+    return out, done.stdout
+
+
+def metrics(out: Path) -> dict:
+    return json.loads((out / "metrics_curriculum.json").read_text("utf-8"))
+
+
+def identical(a: Path, b: Path) -> bool:
+    """Whether two runs left the same metrics, weights and training state, bit for bit."""
+    names = ("last_model_curriculum.safetensors", "best_model_curriculum.safetensors", "metrics_curriculum.json")
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
+def test_a_run_leaves_its_files_and_ends_with_bpc_and_a_sample(whole_run):
+    out, stdout = whole_run
+    expected = {"best_model_curriculum.safetensors", "last_model_curriculum.safetensors"}
+    expected |= {"metrics_curriculum.json", "log_curriculum.jsonl", "curriculum.png"}
+    assert set(os.listdir(out)) == expected
+    for name, bpc in metrics(out)["retention"][-1]["bpc"].items():
+        assert re.search(rf"BPC {name}: {bpc:.3f}\b", stdout)
+    assert "sample" in stdout
+    load_checkpoint(out / "best_model_curriculum.safetensors")
+    assert (out / "curriculum.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_hold_stages_curve_and_retention(whole_run):
+    data = metrics(whole_run[0])
+    assert [(s["name"], s["start"], s["end"], s["plasticity"]) for s in data["stages"]] == [
+        ("words", 0, 9, 0.1),
+        ("masal", 9, 24, 0.5),
+        ("long", 24, 60, 0.99),
+    ]
+    assert [row["after"] for row in data["retention"]] == ["words", "masal", "long"]
+    assert all(set(row["bpc"]) == {"words", "masal", "long"} for row in data["retention"])
+    assert data["train"][-1]["step"] == 60
+    assert data["train"][-1]["bpc"] < data["train"][0]["bpc"]
+    assert data["skipped_steps"] == 0
+    assert data["best"]["mean"] == min(sum(e["bpc"].values()) / 3 for e in data["evaluations"])
+
+
+def test_the_checkpoint_carries_the_last_stage_plasticity(whole_run):
+    model = load_checkpoint(whole_run[0] / "last_model_curriculum.safetensors")
+    assert model.plasticity.item() == pytest.approx(0.99)
+
+
+def test_every_line_of_the_log_is_json(whole_run):
+    lines = (whole_run[0] / "log_curriculum.jsonl").read_text("utf-8").splitlines()
+    events = [json.loads(line)["event"] for line in lines]
+    assert {"train", "evaluation", "stage_end"} <= set(events)
+
+
+def test_the_same_run_again_is_bit_identical(whole_run, curriculum, environment, tmp_path):
+    train(environment, *RUN, "--curriculum", curriculum, "--steps", 60, "--out", tmp_path)
+    assert identical(whole_run[0], tmp_path)
+
+
+def test_another_seed_is_another_run(whole_run, curriculum, environment, tmp_path):
+    train(environment, *RUN, "--curriculum", curriculum, "--steps", 60, "--out", tmp_path, "--seed", 1)
+    assert metrics(tmp_path)["train"] != metrics(whole_run[0])["train"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_a_resumed_run_is_bit_identical(whole_run, curriculum, environment, tmp_path, number):
+    """Stopped at an arbitrary step by a signal, resumed without further arguments, to the same bits."""
+    arguments = [*RUN, "--curriculum", curriculum, "--steps", 60, "--out", tmp_path]
+    process = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "log_curriculum.jsonl"
+    while process.poll() is None and not (log.exists() and '"step": 20' in log.read_text()):
+        time.sleep(0.005)
+    process.send_signal(number)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    stopped = load_training_state(tmp_path / "last_model_curriculum.safetensors")[1]["step"]
+    assert stopped >= 20
+    if stopped < 60:
+        assert f"stopped at step {stopped}" in stdout
+    train(environment, "--resume", "--out", tmp_path, "--quiet", "--sample-bytes", 20)
+    assert identical(whole_run[0], tmp_path)
+
+
+def test_kill_in_the_middle_always_leaves_something_to_resume(whole_run, curriculum, environment, tmp_path):
+    """Kill -9 three times, with saves so frequent that a kill falls into one as often as not; the end is the same."""
+    arguments = [*RUN, "--curriculum", curriculum, "--steps", 60, "--out", tmp_path, "--save-every", 1, "--resume"]
+    last, log = tmp_path / "last_model_curriculum.safetensors", tmp_path / "log_curriculum.jsonl"
+    rng = random.Random(1)
+    for reached in (10, 20, 40):
+        process = subprocess.Popen(
+            command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and not (log.exists() and f'"step": {reached},' in log.read_text()):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.1)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.kill()
+        process.wait()
+        load_checkpoint(last)
+        assert reached - 1 <= load_training_state(last)[1]["step"] < 60
+    train(environment, *arguments)
+    a, b = metrics(tmp_path), metrics(whole_run[0])
+    assert (a["train"], a["evaluations"], a["retention"]) == (b["train"], b["evaluations"], b["retention"])
+    a, b = (load_checkpoint(out / last.name).state_dict() for out in (tmp_path, whole_run[0]))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_workers_share_a_run(curriculum, environment, tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *command(*RUN, "--curriculum", curriculum, "--steps", 12, "--out", tmp_path)[1:],
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path)["run"]["workers"] == 2
+    assert metrics(tmp_path)["train"][-1]["step"] == 12
+    assert done.stdout.count("validation BPC") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "huge"], "preset='huge': accepted are nano, small, base, large"),
+        (["--set", "windw=3"], "--set windw=3: accepted is field=value"),
+        (["--set", "window=-3"], "window=-3: accepted is an integer"),
+        (["--steps", "0"], "steps=0: accepted is an integer ≥ 1"),
+        (["--lr", "-1"], "lr=-1.0: accepted is a number > 0"),
+        (["--lr", "nan"], "lr=nan: accepted is a number > 0"),
+        (["--amp", "int8"], "amp='int8': accepted is one of auto, bf16, fp16, off"),
+        (["--optimizer", "sgd"], "optimizer='sgd': accepted is one of muon, adamw"),
+        (["--curriculum", "nowhere"], "nowhere"),
+        (["--resume", "missing.safetensors"], "--resume missing.safetensors: no such file"),
+        (["--device", "cuda"], "--device cuda: no CUDA device"),
+        (["--device", "tpu"], "--device tpu: accepted are auto, cpu, cuda"),
+    ],
+)
+def test_bad_input_gets_one_line(environment, tmp_path, arguments, message):
+    done = train(environment, "--preset", "nano", "--out", tmp_path / "out", *arguments, check=False)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_corpus_is_named(environment, tmp_path):
+    (tmp_path / "empty.txt").write_bytes(b"")
+    done = train(environment, "--curriculum", tmp_path / "empty.txt", "--out", tmp_path / "out", check=False)
+    assert done.returncode == 2
+    assert "empty.txt" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_resuming_another_run_is_refused(whole_run, environment):
+    out = whole_run[0]
+    before = (out / "last_model_curriculum.safetensors").read_bytes()
+    for arguments, message in (
+        (["--steps", "61"], "--steps 61: the run being resumed has 60"),
+        (["--set", "window=9"], "differs from the model being resumed"),
+    ):
+        done = train(environment, "--resume", "--out", out, *arguments, check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
+    assert (out / "last_model_curriculum.safetensors").read_bytes() == before
+
+
+def test_weights_alone_cannot_be_resumed(whole_run, environment):
+    best = whole_run[0] / "best_model_curriculum.safetensors"
+    done = train(environment, "--resume", best, "--out", whole_run[0], check=False)
+    assert done.returncode == 2
+    assert "weights without training state" in done.stderr
+
+
+def test_changed_data_is_noticed(curriculum, environment, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for path in curriculum.parent.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    arguments = [*RUN, "--curriculum", folder / "three.toml", "--steps", 6, "--out", tmp_path / "out"]
+    train(environment, *arguments)
+    with open(folder / "masal.txt", "a", encoding="utf-8") as file:
+        file.write("\n\nbir varmış")
+    done = train(environment, *arguments, "--resume", check=False)
+    assert done.returncode == 2
+    assert "the data of stage 'masal' has changed" in done.stderr
