@@ -126,6 +126,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("model").add_argument
     add("--thinking-steps", type=integer(0), metavar="K", help="passes of the reasoning block (default: as trained)")
+    add(
+        "--halt", type=number("a number above 0 and up to 1", lambda x: 0 < x <= 1), metavar="P",
+        help="stop thinking early at halting probability P (default: think all steps)",
+    )  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA when there is one (default)")
     add("--threads", type=integer(1, 1024), metavar="N", help="CPU threads (default: PyTorch's choice)")
     return parser.parse_args(argv)
@@ -209,7 +213,7 @@ def run(options: argparse.Namespace) -> None:
         pieces = generate(
             model, prompt, max_bytes=options.max_bytes, temperature=options.temperature, top_k=options.top_k,
             top_p=options.top_p, seed=seed, stop=options.stop, batch=options.batch,
-            thinking_steps=options.thinking_steps, any_bytes=options.any_bytes,
+            thinking_steps=options.thinking_steps, halt_threshold=options.halt, any_bytes=options.any_bytes,
         )  # fmt: skip
         read = time.perf_counter()
         generated = print_in_order(pieces, options.batch, prompt)

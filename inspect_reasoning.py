@@ -57,7 +57,8 @@ def count(text: str) -> int:
 def run(options: argparse.Namespace) -> int:
     # Only now: importing PyTorch takes seconds, which --help and a mistyped option need not.
     from model.evaluation.reasoning import DEFAULT_TEXT, measure_reasoning
-    from model.evaluation.report import json_text, pick_device, write_whole
+    from model.evaluation.report import json_text, pick_device
+    from model.files import write_atomically
     from model.training.checkpoint import find_checkpoint, load_checkpoint
 
     device = pick_device(options.device)
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"{report.bytes} bytes; {report.context}")
     print(f"{report.verdict}: {report.reason}")
     if options.json:
-        write_whole(options.json, json_text({"checkpoint": str(path), **report.to_dict()}).encode())
+        write_atomically(options.json, json_text({"checkpoint": str(path), **report.to_dict()}).encode())
     return 0
 
 

@@ -74,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
 
     from model.evaluation.haystack import LANGUAGES
     from model.evaluation.recall import PASS_ACCURACY, make_needles, needle_accuracy
-    from model.evaluation.report import json_text, pick_device, write_whole
+    from model.evaluation.report import json_text, pick_device
+    from model.files import write_atomically
     from model.training.checkpoint import find_checkpoint, load_checkpoint
 
     device = pick_device(options.device)
@@ -100,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"{verdict}: at least {100 * worst:.0f}% exact at every length; a pass needs {100 * PASS_ACCURACY:.0f}%")
     if options.json:
         settings = {"checkpoint": str(path), "seed": options.seed, "depth": options.depth}
-        write_whole(options.json, json_text(settings | report.to_dict()).encode())
+        write_atomically(options.json, json_text(settings | report.to_dict()).encode())
     return 0 if report.passed else 1
 
 

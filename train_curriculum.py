@@ -11,12 +11,20 @@ log_curriculum.jsonl and curriculum.png into --out. Ctrl-C and SIGTERM save and 
 """
 
 import argparse
+import os
 import signal
 import sys
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists what is accepted)\n")
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     what = parser.add_argument_group("what to train, on what")
     what.add_argument("--preset", help="nano, small, base or large (default: small on CUDA, else nano)")
@@ -63,25 +71,37 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    # Imported after parsing: --help should not wait for torch.
-    from model.training.run import run_curriculum
-
     try:
+        # Imported after parsing: --help should not wait for torch.
+        from model.training.run import run_curriculum
+
         return run_curriculum(arguments, install_signal_handlers)
     except (ValueError, OSError) as error:
-        print(f"train_curriculum.py: {' '.join(str(error).split())}", file=sys.stderr)
+        # All workers find the same fault; one says so.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train_curriculum.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train_curriculum.py: stopped before the first step", file=sys.stderr)
+        return 130
 
 
-def install_signal_handlers(request_stop) -> None:
-    """The first Ctrl-C or SIGTERM asks the run to save and stop, a second one ends it at once."""
+def install_signal_handlers(request_stop):
+    """The first Ctrl-C or SIGTERM asks the run to save and stop, a second ends it at once. Returns what undoes this."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def restore() -> None:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
 
     def handle(number, frame):
-        signal.signal(number, signal.SIG_DFL)
+        restore()
         request_stop()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in numbers:
         signal.signal(number, handle)
+    return restore
 
 
 if __name__ == "__main__":

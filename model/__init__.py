@@ -3,6 +3,14 @@
 from model.agiformer import AGIFormer
 from model.config import AGIFormerConfig
 from model.inference.stream import ByteStream
-from model.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from model.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
 
-__all__ = ["AGIFormer", "AGIFormerConfig", "ByteStream", "CheckpointError", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "AGIFormer",
+    "AGIFormerConfig",
+    "ByteStream",
+    "CheckpointError",
+    "find_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+]

@@ -44,7 +44,7 @@ class AGIFormer(nn.Module):
         )
         self.start = nn.Parameter(torch.empty(D))
         self.blocks = nn.ModuleList(
-            HybridBlock(D, config.n_heads, config.window, config.ffn_dim, config.memory_rule, config.dropout)
+            HybridBlock(D, config.n_heads, config.window, config.ffn_dim, config.memory_rule)
             for _ in range(config.n_layers)
         )
         self.reasoning = RecurrentReasoningBlock(D, config.reasoning_dim, config.thinking_steps)
@@ -110,8 +110,11 @@ class AGIFormer(nn.Module):
 
     @staticmethod
     def _check_bytes(x: Tensor) -> None:
-        if x.dim() != 2 or x.shape[1] < 1 or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}: accepted are integer bytes [B, L] with L ≥ 1")
+        if x.dim() != 2 or x.numel() < 1 or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}: accepted are integer bytes [B, L], both ≥ 1")
+        # On a GPU looking at the values would wait for it; there the embedding's own assertion has to do.
+        if x.device.type == "cpu" and x.dtype != torch.uint8 and (x.min() < 0 or x.max() > 255):
+            raise ValueError(f"x has values from {x.min()} to {x.max()}: accepted are bytes from 0 to 255")
 
     def parameter_count(self) -> int:
         """Number of trainable values."""

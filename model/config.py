@@ -31,7 +31,6 @@ class AGIFormerConfig:
     head_dim: int = 512  # width of the GRU that writes the bytes of a patch
     rope_base: float = 10_000.0  # wavelength scale of the rotary phases, in patches
     plasticity: float = 0.99  # α before a curriculum sets it
-    dropout: float = 0.0  # on the block outputs, in training only
 
     def __post_init__(self) -> None:
         for name, low, high in _INTEGER_RANGES:
@@ -99,7 +98,7 @@ _INTEGER_RANGES = (
     ("reasoning_dim", 1, 131072),
     ("head_dim", 8, 16384),
 )
-_FLOAT_RANGES = (("rope_base", 1.0, 1e12), ("plasticity", 0.0, 1.0), ("dropout", 0.0, 0.9))
+_FLOAT_RANGES = (("rope_base", 1.0, 1e12), ("plasticity", 0.0, 1.0))
 
 PRESETS = {
     # Trains on a laptop's CPU in minutes.

@@ -41,7 +41,8 @@ def file_kind(path: str | os.PathLike) -> tuple[str, str]:
 def expand_files(entries: Iterable[str]) -> list[tuple[Path, bool]]:
     """Paths in reading order, each with whether it was named outright (True) or found by a folder or glob (False).
 
-    A folder means every file under it, at any depth, that is not hidden; folders and globs are read in sorted order,
+    A folder means every file under it, at any depth, that is not hidden and, unless compressed or a table, has no
+    zero byte in its first 8 KiB (pictures, checkpoints and the like lie beside text); folders and globs are read in sorted order,
     and a file that comes up twice is read once. Raises DataError for an entry that matches nothing.
     """
     found: dict[Path, bool] = {}
@@ -49,9 +50,10 @@ def expand_files(entries: Iterable[str]) -> list[tuple[Path, bool]]:
         path = Path(entry).expanduser()
         if path.is_dir():
             inside = (p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts))
-            matches, named = sorted(p for p in inside if p.is_file()), False
+            files = sorted(p for p in inside if p.is_file())
+            matches, named = [p for p in files if not _looks_binary(p)], False
             if not matches:
-                raise DataError(f"folder {entry}: it holds no files")
+                raise DataError(f"folder {entry}: it holds no files of text; a binary file must be named itself")
         elif path.exists():
             matches, named = [path], True
         else:
@@ -62,6 +64,16 @@ def expand_files(entries: Iterable[str]) -> list[tuple[Path, bool]]:
         for match in matches:
             found.setdefault(match, named)
     return list(found.items())
+
+
+def _looks_binary(path: Path) -> bool:
+    if file_kind(path) != ("text", ""):
+        return False
+    try:
+        with open(path, "rb") as stream:
+            return b"\0" in stream.read(8192)
+    except OSError:
+        return False  # reading it will say what is wrong with it
 
 
 def open_pieces(path: Path) -> Iterator[bytes]:

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from model.files import sync_folder
+
 from .errors import DataError
 from .keys import FORMAT_VERSION, source_key
 from .sources import SEPARATOR, SourceSpec, iter_documents
@@ -179,7 +181,7 @@ def _write(folder: Path, spec: SourceSpec, key: str, progress: bool) -> None:
     with open(folder / "meta.json", "w", encoding="utf-8") as out:
         json.dump(meta, out, ensure_ascii=True, indent=1)
         _sync(out)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _with_bar(documents: Iterator[bytes], label: str, progress: bool) -> Iterator[bytes]:
@@ -204,7 +206,7 @@ def _publish(folder: Path, path: Path) -> None:
     for _ in range(2):
         try:
             os.replace(folder, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
             return
         except OSError:
             if not path.is_dir():
@@ -250,12 +252,3 @@ def _build_lock(path: Path, label: str, progress: bool) -> Iterator[None]:
 def _sync(stream) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # folders cannot be opened everywhere
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -61,10 +61,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _evaluate(options: argparse.Namespace) -> list[tuple[str, BPCResult]]:
     # The package's own name is asked for, not the trainer's module: this folder does not depend on training.
-    from model import load_checkpoint
+    from model import find_checkpoint, load_checkpoint
 
     device = pick_device(options.device)
-    model = load_checkpoint(_find(options.checkpoint), device)
+    model = load_checkpoint(find_checkpoint(options.checkpoint), device)
     return [
         (
             name,
@@ -81,13 +81,6 @@ def _evaluate(options: argparse.Namespace) -> list[tuple[str, BPCResult]]:
         )
         for name, text in _texts(options.source, options.split)
     ]
-
-
-def _find(name: str) -> Path:
-    """The file, or the file of that bare name in checkpoints/."""
-    path = Path(name)
-    inside = Path("checkpoints") / name
-    return inside if not path.exists() and path.name == name and inside.is_file() else path
 
 
 def _texts(source: str, split: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -47,13 +47,14 @@ def bits_per_byte(
     """Mean −log₂ p of the bytes of `data`, every byte counted once; the model's training flags come back as they were.
 
     Args:
-        model: an AGIFormer; without `stream` anything that maps bytes [B, L] to aligned logits [B, L, 256].
+        model: an AGIFormer; without `stream` any module with parameters that maps bytes
+            [B, L] to aligned logits [B, L, 256].
         data: uint8 [n] (NumPy, also memory-mapped, or torch) or bytes; n ≥ 1.
         context: bytes in a window. The last window may be shorter.
         batch_size: windows, or lanes, read together. With `stream` it is part of the rule: every lane starts afresh.
         stream: lanes instead of windows, read with `ByteStream`.
-        max_bytes: read at most this many bytes: whole windows (or one piece of every lane), evenly spaced over all of
-            the text and the same ones at every call. None reads everything.
+        max_bytes: read at most this many bytes: whole windows, evenly spaced over all of the text and the same ones at
+            every call; with `stream` the beginning of every lane. None reads everything.
         amp_dtype: torch.bfloat16 or torch.float16 to run under autocast, None for float32.
         progress: a bar on stderr.
 
@@ -183,7 +184,7 @@ def _score_lanes(model: nn.Module, text: np.ndarray, lanes: list, device: torch.
 def _lane_rule(lanes: list[tuple[int, int]], count: int, n: int) -> str:
     longest = lanes[0][1] - lanes[0][0]
     rule = f"{len(lanes)} lanes of up to {longest} bytes, streamed; a byte is predicted from all of its lane before it"
-    return rule if count == n else f"{rule}; {count} of {n} bytes, evenly spaced"
+    return rule if count == n else f"{rule}; {count} of {n} bytes, the beginning of every lane"
 
 
 def _to_device(x: np.ndarray, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from model.evaluation.report import write_whole
+from model.files import write_atomically
 
 SMOOTHING = 50  # the smoothed line averages over 1/50 of the run
 
@@ -46,7 +46,7 @@ def plot_curriculum(metrics: dict[str, Any], path: str | os.PathLike) -> Path:
         # A stage may be named in a script that the font lacks: boxes in a label are no reason to warn.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         canvas.print_figure(image, format="png", dpi=120)
-    return write_whole(path, image.getvalue())
+    return write_atomically(path, image.getvalue())
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

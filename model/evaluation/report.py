@@ -1,10 +1,7 @@
 """What the evaluation scripts share: argument checks, the device, text tables, and files written whole."""
 
-import contextlib
 import json
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,21 +46,6 @@ def text_table(header: list[str], rows: list[list[str]]) -> str:
 def json_text(data: Any) -> str:
     """JSON of plain values; NaN and infinities, which JSON lacks, become null."""
     return json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def write_whole(path: str | os.PathLike, data: bytes) -> Path:
-    """Write a file that is complete under its name or not there; its folder is made when missing. Raises OSError."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    return path
 
 
 def _plain(data: Any) -> Any:

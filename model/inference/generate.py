@@ -43,6 +43,7 @@ def generate(
     stop: Sequence[bytes] = (),
     batch: int = 1,
     thinking_steps: int | None = None,
+    halt_threshold: float | None = None,
     any_bytes: bool = False,
 ) -> Iterator[Piece]:
     """Read the prompt, then return an iterator that generates while it is consumed.
@@ -52,7 +53,7 @@ def generate(
     one only continues it), nor on when other rows finish. Rounding differs between devices, and so may the bytes.
 
     Args:
-        model: in eval mode, as `load_checkpoint` gives it.
+        model: as `load_checkpoint` gives it.
         prompt: any bytes, also none; or several prompts of any lengths.
         max_bytes: bytes generated per row, at most; ≥ 1.
         temperature, top_k, top_p: see `sampling.probabilities`.
@@ -61,6 +62,7 @@ def generate(
             part of it; bytes that may begin one are held back until that is decided.
         batch: samples per prompt.
         thinking_steps: K for this call; the configured number when None.
+        halt_threshold: thinking at a position ends early once its halting probability reaches this; None never.
         any_bytes: False lets only valid UTF-8 be generated: every piece ends with a whole character, a character
             that `max_bytes` would cut is left out, and a prompt that ends inside a character has it completed first.
             True gives every byte out at once, whatever it is.
@@ -73,12 +75,12 @@ def generate(
         FloatingPointError: the model's logits are not finite.
     """
     prompts = [prompt] if isinstance(prompt, bytes) else list(prompt)
-    _check(model, prompts, max_bytes, seed, stop, batch)
+    _check(prompts, max_bytes, seed, stop, batch)
     check_sampling(temperature, top_k, top_p)
     prompts = [text for text in prompts for _ in range(batch)]
     device = model.start.device
     rows = [_Row(i, text, max_bytes, tuple(stop), not any_bytes) for i, text in enumerate(prompts)]
-    streams = _read_prompts(model, rows, prompts, thinking_steps)
+    streams = _read_prompts(model, rows, prompts, thinking_steps, halt_threshold)
     constraint = None if any_bytes else Utf8Constraint(prompts, device)
     generator = torch.Generator(device)
     if seed is None:
@@ -148,13 +150,17 @@ class _Row:
 
 
 def _read_prompts(
-    model: AGIFormer, rows: list[_Row], prompts: list[bytes], thinking_steps: int | None
+    model: AGIFormer,
+    rows: list[_Row],
+    prompts: list[bytes],
+    thinking_steps: int | None,
+    halt_threshold: float | None,
 ) -> list[_Stream]:
     """One stream for each length of prompt, its prompts read in parallel."""
     streams = []
     for length in dict.fromkeys(map(len, prompts)):
         members = [row for row, prompt in zip(rows, prompts) if len(prompt) == length]
-        stream = ByteStream(model, len(members), thinking_steps=thinking_steps)
+        stream = ByteStream(model, len(members), thinking_steps=thinking_steps, halt_threshold=halt_threshold)
         if length:
             joined = bytearray(b"".join(prompts[row.index] for row in members))
             stream.feed(torch.frombuffer(joined, dtype=torch.uint8).view(-1, length))
@@ -183,11 +189,7 @@ def _run(rows: list[_Row], streams: list[_Stream], choose, device: torch.device)
             part.stream.feed(chosen[part.index].unsqueeze(1))
 
 
-def _check(
-    model: AGIFormer, prompts: list[bytes], max_bytes: int, seed: int | None, stop: Sequence[bytes], batch: int
-) -> None:
-    if model.training and model.config.dropout:
-        raise ValueError(f"model is in training mode with dropout={model.config.dropout}: accepted is model.eval()")
+def _check(prompts: list[bytes], max_bytes: int, seed: int | None, stop: Sequence[bytes], batch: int) -> None:
     if not prompts or not all(isinstance(prompt, bytes) for prompt in prompts):
         wrong = next((type(prompt).__name__ for prompt in prompts if not isinstance(prompt, bytes)), "empty list")
         raise ValueError(f"prompt holds {wrong}: accepted is bytes, or a list of at least one bytes")

@@ -18,7 +18,7 @@ class ByteStream:
     open patch, and the GRU's hidden state in it. Its size stops growing once the attention window is full.
 
     Args:
-        model: the model; read in eval mode semantics under `torch.no_grad`, its plasticity as it is.
+        model: the model, read without gradients, with its plasticity as it is.
         batch_size: B, rows that are fed together.
         thinking_steps, halt_threshold: as in `AGIFormer.forward`.
     """
@@ -77,7 +77,7 @@ class ByteStream:
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def _check(self, x: Tensor) -> Tensor:
-        if x.dim() != 2 or x.shape[0] != self.batch_size or x.is_floating_point():
+        if x.dim() != 2 or x.shape[0] != self.batch_size or x.is_floating_point() or x.dtype == torch.bool:
             raise ValueError(
                 f"x is {x.dtype} of shape {tuple(x.shape)}: accepted are integer bytes [{self.batch_size}, n]"
             )
@@ -85,7 +85,9 @@ class ByteStream:
 
     def _advance(self, latents: Tensor) -> Tensor:
         """Latents [B, T, D] through trunk and reasoning, carrying the state."""
-        z, self._trunk = self.model.trunk(latents, self._trunk)
+        z, state = self.model.trunk(latents, self._trunk)
+        # The window caches are views of all keys of the piece: a copy lets go of what has left the window.
+        self._trunk = state.clone() if latents.shape[1] > 1 else state
         return self.model.reasoning(z, self.thinking_steps, self.halt_threshold)
 
     def _begin_patch(self, latent: Tensor) -> None:

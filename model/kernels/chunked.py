@@ -1,4 +1,4 @@
-"""The same recurrences, parallel inside chunks of the sequence: plain PyTorch, any device, autograd's gradients.
+"""The same recurrences, parallel inside chunks of the sequence: plain PyTorch, any device.
 
 Inside a chunk the decays appear as a lower-triangular matrix Γ_ij = λ_{j+1} ⋯ λ_i, between chunks as a
 product over the chunk. Both are exponentials of sums of log λ ≤ 0 that are never formed as a difference of
@@ -52,7 +52,7 @@ def chunked_hebbian(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: S
 
 
 class _ChunkedHebbian(torch.autograd.Function):
-    """The chunked Hebbian rule with its gradient written out: a third of the kernels and of the memory of autograd's.
+    """The chunked Hebbian rule with its gradient written out: fewer kernels and saved tensors than autograd's.
 
     q, k, v [B, H, N, C, E], log_decay [B, H, N, C], M [B, H, E, E], z [B, H, E] → out [B, H, N, C, E], M, z.
     """

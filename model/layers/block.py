@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.layers.attention import AttentionState, WindowAttention
@@ -27,11 +26,11 @@ class BlockState:
 class HybridBlock(nn.Module):
     """x + fuse(attention, memory), then + feed-forward; pre-norm (DESIGN: HybridBlock).
 
-    Both mixers' heads are normalised to the same size, gated per channel by γ = sigmoid(W x), and share one output
-    projection: γ ⊙ attention + (1 − γ) ⊙ memory (parallel heads as in Dong et al. 2024, with a gate).
+    Both mixers' heads are normalised to the same size, gated per channel by γ = sigmoid(W norm(x) + b), and share one
+    output projection: γ ⊙ attention + (1 − γ) ⊙ memory (parallel heads as in Dong et al. 2024, with a gate).
     """
 
-    def __init__(self, d_model: int, n_heads: int, window: int, ffn_dim: int, memory_rule: str, dropout: float):
+    def __init__(self, d_model: int, n_heads: int, window: int, ffn_dim: int, memory_rule: str):
         super().__init__()
         self.n_heads = n_heads
         self.attention = WindowAttention(d_model, n_heads, window)
@@ -39,7 +38,6 @@ class HybridBlock(nn.Module):
         self.gate = nn.Linear(d_model, d_model)
         self.output = nn.Linear(d_model, d_model, bias=False)
         self.feedforward = FeedForward(d_model, ffn_dim)
-        self.dropout = dropout
 
     def forward(
         self, x: Tensor, phases: Phases, plasticity: Tensor, state: BlockState | None = None
@@ -48,8 +46,8 @@ class HybridBlock(nn.Module):
         mixed = rms_norm(x)
         attended, attention_state = self.attention(mixed, phases, None if state is None else state.attention)
         recalled, memory_state = self.memory(mixed, plasticity, None if state is None else state.memory)
-        x = x + self._drop(self.output(self.fuse(mixed, attended, recalled)))
-        x = x + self._drop(self.feedforward(rms_norm(x)))
+        x = x + self.output(self.fuse(mixed, attended, recalled))
+        x = x + self.feedforward(rms_norm(x))
         return x, BlockState(attention_state, memory_state)
 
     def fuse(self, x: Tensor, attended: Tensor, recalled: Tensor) -> Tensor:
@@ -60,6 +58,3 @@ class HybridBlock(nn.Module):
 
     def _normalise_heads(self, heads: Tensor) -> Tensor:
         return rms_norm(heads.unflatten(-1, (self.n_heads, -1))).flatten(-2)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x

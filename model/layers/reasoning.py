@@ -9,7 +9,7 @@ from model.layers.norm import rms_norm
 class RecurrentReasoningBlock(nn.Module):
     """z ← z + (1 − p_halt) · g(z) ⊙ MLP(norm(z)), K times with the same weights (DESIGN: RecurrentReasoningBlock).
 
-    p_halt = sigmoid(w · norm(z)) is one number per position and step, g = sigmoid(G norm(z)) one per channel.
+    p_halt = sigmoid(w · norm(z) + b) is one number per position and step, g = sigmoid(G norm(z) + c) one per channel.
     """
 
     HALT_BIAS = -3.0  # p_halt starts near 0.05: thinking begins switched on

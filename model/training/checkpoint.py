@@ -8,10 +8,8 @@ of `version`, `config` and `training`. One, because safetensors writes several i
 be equal files.
 """
 
-import contextlib
 import json
 import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from model.agiformer import AGIFormer
 from model.config import PRESETS, AGIFormerConfig
+from model.files import write_atomically
 
 FORMAT = "agiformer"
 VERSION = 1
@@ -53,25 +52,6 @@ def save_checkpoint(
     contents = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in contents.items()}
     header = {"version": VERSION, "config": model.config.to_dict(), "training": values or {}}
     return write_atomically(path, serialise(contents, {FORMAT: json.dumps(header)}))
-
-
-def write_atomically(path: str | os.PathLike, data: bytes) -> Path:
-    """Replace the file at `path` by `data` so that a reader, or a crash, sees the old or the new file, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    return path
 
 
 def load_checkpoint(

@@ -5,10 +5,14 @@ The model is not wrapped: gradients are one flat buffer, averaged by one all-red
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# While one worker encodes a large corpus or evaluates, the others wait.
+PATIENCE = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,11 @@ class Workers:
         if self.size > 1:
             dist.barrier()
 
+    def leave(self) -> None:
+        """Leave the process group."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
 
 def join_workers(device: str) -> tuple[Workers, torch.device]:
     """Join the process group that torchrun describes in the environment, if there is one.
@@ -60,7 +69,7 @@ def join_workers(device: str) -> tuple[Workers, torch.device]:
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device == "cuda":
         torch.cuda.set_device(local)
-        dist.init_process_group("nccl")
+        dist.init_process_group("nccl", timeout=PATIENCE)
         return Workers(rank, size), torch.device("cuda", local)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=PATIENCE)
     return Workers(rank, size), torch.device("cpu")

@@ -6,6 +6,7 @@ from typing import Any
 from model.training.optimizer import OPTIMIZERS
 
 AMP = ("auto", "bf16", "fp16", "off")
+LARGEST_SEED = 2**63 - 1
 
 # What a run is when nothing else is said: enough steps that the result is worth looking at.
 PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -18,7 +19,7 @@ PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """One run. Everything here is in the checkpoint, so that `--resume` needs nothing else."""
+    """One run. All of it is in the checkpoint, so that `--resume` needs no other option."""
 
     preset: str
     curriculum: str
@@ -42,8 +43,9 @@ class TrainingOptions:
         for name in ("steps", "batch_size", "eval_bytes", "eval_context"):
             self._accept(name, "an integer ≥ 1", lambda v: _is_int(v) and v >= 1)
         self._accept("seq_len", "an integer ≥ 2", lambda v: _is_int(v) and v >= 2)
-        for name in ("eval_every", "save_every", "seed"):
+        for name in ("eval_every", "save_every"):
             self._accept(name, "an integer ≥ 0", lambda v: _is_int(v) and v >= 0)
+        self._accept("seed", f"an integer from 0 to {LARGEST_SEED}", lambda v: _is_int(v) and 0 <= v <= LARGEST_SEED)
         for name in ("lr", "clip"):
             self._accept(name, "a number > 0", lambda v: 0 < v < float("inf"))
         for name in ("weight_decay", "warmup", "decay"):

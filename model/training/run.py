@@ -10,27 +10,34 @@ import torch
 
 from model.config import AGIFormerConfig
 from model.data import load_curriculum
+from model.evaluation.report import number
+from model.files import write_atomically
 from model.inference.generate import generate
 from model.inference.text import Utf8Emitter
 from model.training.checkpoint import CheckpointError, load_checkpoint, load_training_state
-from model.training.distributed import join_workers
+from model.training.distributed import Workers, join_workers
 from model.training.options import TrainingOptions
-from model.training.trainer import BEST, LAST, Trainer
-
-# Arguments that may differ from the checkpoint's when a run is resumed: they change what comes, not what was.
-CHANGEABLE = ("eval_every", "save_every")
+from model.training.trainer import CHANGEABLE, FILES, LAST, Trainer
 
 
 def run_curriculum(arguments: Namespace, install_signal_handlers: Callable[[Callable[[], None]], None]) -> int:
     """Train as the arguments say; 0 when done or stopped cleanly. ValueError for what a user can mend."""
     workers, device = join_workers(arguments.device)
-    resume = _resume_path(arguments)
+    try:
+        return _run(arguments, install_signal_handlers, workers, device)
+    finally:
+        workers.leave()
+
+
+def _run(arguments: Namespace, install_signal_handlers, workers: Workers, device: torch.device) -> int:
+    resume = _resume_path(arguments, workers)
     saved = _saved_run(resume) if resume else None
     options, config = _options(arguments, device, saved)
+    curriculum = load_curriculum(options.curriculum)
     trainer = Trainer(
         config,
         options,
-        load_curriculum(options.curriculum),
+        curriculum,
         out=arguments.out,
         device=device,
         workers=workers,
@@ -38,6 +45,8 @@ def run_curriculum(arguments: Namespace, install_signal_handlers: Callable[[Call
         graph=not arguments.no_graph,
         quiet=arguments.quiet,
     )
+    if workers.is_main:
+        _prepare_folder(trainer.out, resume)
     if resume:
         trainer.resume(resume)
     if workers.is_main:
@@ -46,8 +55,9 @@ def run_curriculum(arguments: Namespace, install_signal_handlers: Callable[[Call
     def request_stop() -> None:
         trainer.stop_requested = True
 
-    install_signal_handlers(request_stop)
+    restore_signal_handlers = install_signal_handlers(request_stop)
     complete = trainer.train()
+    restore_signal_handlers()
     if not workers.is_main:
         return 0
     trainer.plot()
@@ -58,7 +68,26 @@ def run_curriculum(arguments: Namespace, install_signal_handlers: Callable[[Call
     return 0
 
 
-def _resume_path(arguments: Namespace) -> Path | None:
+def _prepare_folder(out: Path, resume: Path | None) -> None:
+    """Make the folder and see that it can be written; a run that lies in it already is moved aside, not overwritten."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / ".probe", b"").unlink()
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror}); accepted is a folder") from None
+    if resume or not (out / LAST).exists():
+        return
+    n = 1
+    while (aside := out / f"previous-{n}").exists():
+        n += 1
+    aside.mkdir()
+    for name in FILES:
+        if (out / name).exists():
+            (out / name).rename(aside / name)
+    print(f"{out}/ holds an earlier run: moved to {aside}/ (--resume goes on with it instead)", file=sys.stderr)
+
+
+def _resume_path(arguments: Namespace, workers: Workers) -> Path | None:
     if arguments.resume is None:
         return None
     if arguments.resume:
@@ -68,7 +97,8 @@ def _resume_path(arguments: Namespace) -> Path | None:
     path = Path(arguments.out) / LAST
     if path.is_file():
         return path
-    print(f"--resume: no {LAST} in {arguments.out} yet, starting from the beginning", file=sys.stderr)
+    if workers.is_main:
+        print(f"--resume: no {LAST} in {arguments.out} yet, starting from the beginning", file=sys.stderr)
     return None
 
 
@@ -82,9 +112,14 @@ def _saved_run(path: Path) -> dict[str, Any]:
 def _options(
     arguments: Namespace, device: torch.device, saved: dict[str, Any] | None
 ) -> tuple[TrainingOptions, AGIFormerConfig]:
+    if arguments.curriculum and Path(arguments.curriculum).exists():
+        # A run can be resumed from another folder.
+        arguments.curriculum = str(Path(arguments.curriculum).resolve())
     names = ("steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "warmup", "decay", "clip", "amp")
     names += ("seed", "eval_every", "save_every")
     given = {name: getattr(arguments, name) for name in names}
+    if any(setting.startswith("plasticity=") for setting in arguments.set):
+        raise ValueError("--set plasticity: accepted is a plasticity of each stage, in the curriculum's TOML file")
     if saved is None:
         preset = arguments.preset or ("small" if device.type == "cuda" else "nano")
         config = AGIFormerConfig.preset(preset).with_settings(arguments.set)
@@ -129,15 +164,22 @@ def _report(trainer: Trainer, sample_bytes: int) -> None:
     width = max(12, *(len(name) for name in names))
     print(" " * 18 + "".join(f"{name:>{width + 2}}" for name in names))
     for row in data["retention"]:
-        print(f"after {row['after']:<12}" + "".join(f"{row['bpc'][name]:>{width + 2}.3f}" for name in names))
+        print(f"after {row['after']:<12}" + "".join(f"{number(row['bpc'][name]):>{width + 2}}" for name in names))
     for name in names:
-        print(f"BPC {name}: {data['retention'][-1]['bpc'][name]:.3f}")
+        print(f"BPC {name}: {number(data['retention'][-1]['bpc'][name])}")
+    megabytes, seconds = trainer.trained_bytes / 1e6, trainer.trained_seconds
+    speed = megabytes / max(1e-9, seconds)
+    print(f"trained on {megabytes:.2f} MB in {seconds:.1f} s without evaluations and saves: {speed:.3g} MB/s")
+    trainer.metrics.event("finished", bytes=trainer.trained_bytes, seconds=round(seconds, 3))
     print(f"steps skipped for non-finite gradients: {data['skipped_steps']}")
-    print(f"best model: step {data['best']['step']}, mean BPC {data['best']['mean']:.3f}")
-    if sample_bytes > 0:
+    if data["best"] is None:
+        print("no best model: no evaluation was finite; the run has diverged, a smaller --lr may help")
+        return
+    print(f"best model: step {data['best']['step']}, mean BPC {data['best']['mean']:.3f} on the samples along the way")
+    if sample_bytes > 0 and None not in data["retention"][-1]["bpc"].values():
         print("\nsample, temperature 0.8:")
         print(sample_text(trainer, sample_bytes))
-    print(f"\nwritten to {trainer.out}/: {BEST}, {LAST}, metrics_curriculum.json, log_curriculum.jsonl, curriculum.png")
+    print(f"\nwritten to {trainer.out}/: {', '.join(FILES)}")
 
 
 def sample_text(trainer: Trainer, sample_bytes: int) -> str:

@@ -2,6 +2,9 @@
 
 Static shapes and no host synchronisation: learning rate, plasticity, the loss and the decision to skip a non-finite
 step are device tensors. The eager path is the reference; a captured step runs the same kernels.
+
+The lines are numbered as in the whole design, where 2, 3, 5, 8 and 9 are replay loss, consolidation, amplifier, replay
+write and novelty.
 """
 
 import torch

@@ -1,7 +1,6 @@
 """The trainer: a curriculum run from its first step to its report, stoppable and resumable at any step."""
 
 import math
-import random
 import sys
 import time
 from pathlib import Path
@@ -16,9 +15,11 @@ from model.config import AGIFormerConfig
 from model.data import CropSampler, Curriculum, open_store
 from model.evaluation.bpc import bits_per_byte
 from model.evaluation.plots import plot_curriculum
+from model.evaluation.report import number
+from model.files import write_atomically
 from model.training.checkpoint import load_checkpoint, load_training_state, save_checkpoint
 from model.training.distributed import Workers
-from model.training.metrics import Metrics
+from model.training.metrics import LOG, METRICS, Metrics, finite
 from model.training.optimizer import MuonAdamW
 from model.training.options import TrainingOptions
 from model.training.schedule import learning_rate
@@ -26,7 +27,12 @@ from model.training.step import TrainingStep
 
 LOG_EVERY = 10  # steps between readings of the loss: the only synchronisation along the way
 
+# Options that may differ when a run is resumed: they change what is reported, not what is learned.
+CHANGEABLE = ("eval_every", "save_every")
+
 BEST, LAST = "best_model_curriculum.safetensors", "last_model_curriculum.safetensors"
+PLOT = "curriculum.png"
+FILES = (BEST, LAST, METRICS, LOG, PLOT)
 
 
 class Trainer:
@@ -60,10 +66,15 @@ class Trainer:
         self.quiet = quiet or not self.workers.is_main
         self.step = 0
         self.stop_requested = False
+        self._saved_step: int | None = None
+        self.trained_bytes, self.trained_seconds = 0, 0.0  # by this process, without evaluations and saves
+        if options.steps < len(curriculum.stages):
+            raise ValueError(
+                f"steps={options.steps}: accepted is at least one for each of {len(curriculum.stages)} stages"
+            )
         self.boundaries = curriculum.boundaries(options.steps)
         self._open_data(cache_dir)
         torch.manual_seed(options.seed)
-        random.seed(options.seed)
         self.model = AGIFormer(config).to(device)
         optimizer = MuonAdamW(self.model, optimizer=options.optimizer, lr=options.lr, weight_decay=options.weight_decay)
         self.amp_dtype = amp_dtype(options.amp, device)
@@ -77,16 +88,13 @@ class Trainer:
         )
         # Losses since the last reading; on the device, and in the checkpoint, so that a resumed curve is the same.
         self.losses = torch.zeros(LOG_EVERY, device=device)
-        self.metrics = Metrics(self.out, self._empty_metrics())
+        self.metrics = Metrics(self.out, self._empty_metrics(), writes=self.workers.is_main)
 
     def _open_data(self, cache_dir: str | Path | None) -> None:
-        if not self.workers.is_main:
-            self.workers.barrier()  # the main process encodes, the others find it done
+        # With several workers the store's own lock lets one encode and the others find it done.
         self.stores = [
             open_store(stage.source, cache_dir=cache_dir, progress=not self.quiet) for stage in self.curriculum.stages
         ]
-        if self.workers.is_main:
-            self.workers.barrier()
         self.samplers = [
             CropSampler(
                 store,
@@ -136,40 +144,49 @@ class Trainer:
 
     def train(self) -> bool:
         """Run from the current step to the end, or until `stop_requested`; True when the run is complete."""
-        if self.step == 0:
-            self._save()  # so that a run killed at any moment leaves something to resume
-        self._clock = (time.monotonic(), self.step)
+        self.metrics.event("started", step=self.step, options=self.options.to_dict())
+        self._save()  # so that a run killed at any moment leaves something to resume
         with tqdm(
             total=self.options.steps, initial=self.step, unit="step", disable=self.quiet, file=sys.stderr
         ) as self.bar:
-            while self.step < self.options.steps:
+            while not self._stop_agreed():
+                if self._evaluation_due():
+                    self._evaluate(self.step in self.boundaries)
+                if self._save_due():
+                    self._save()
+                if self.step == self.options.steps:
+                    return True
                 self._train_one()
                 if self.step % LOG_EVERY == 0 or self.step in self.boundaries:
                     self._log()
-                stage_ended = self.step in self.boundaries
-                if stage_ended or self.step % self.options.eval_interval == 0:
-                    self._evaluate(stage_ended)
-                # On one worker the flag is read at every step; several must agree, so they ask when they log.
-                asked = self.stop_requested if self.workers.size == 1 else False
-                if self.workers.size > 1 and self.step % LOG_EVERY == 0:
-                    asked = self.workers.any(self.stop_requested, self.device)
-                if asked or self.step % self.options.save_interval == 0 or self.step == self.options.steps:
-                    self._save()
-                if asked and self.step < self.options.steps:
-                    self.metrics.event("stopped", step=self.step)
-                    return False
-        return True
+            self._save()
+            self.metrics.event("stopped", step=self.step)
+            return False
+
+    def _stop_agreed(self) -> bool:
+        """Whether to stop here. Several workers must agree, which synchronises: they ask when they log."""
+        if self.workers.size == 1:
+            return self.stop_requested
+        return self.step % LOG_EVERY == 0 and self.workers.any(self.stop_requested, self.device)
+
+    def _evaluation_due(self) -> bool:
+        """Whether this step's evaluation is still to be made: a stop may have come between step and evaluation."""
+        evaluations = self.metrics.data["evaluations"]
+        done = evaluations[-1]["step"] if evaluations else 0
+        return self.step > done and (self.step in self.boundaries or self.step % self.options.eval_interval == 0)
+
+    def _save_due(self) -> bool:
+        due = self.step % self.options.save_interval == 0 or self.step == self.options.steps
+        return due and self._saved_step != self.step
 
     def _train_one(self) -> None:
-        stage_index = self.curriculum.stage_at(self.step, self.options.steps)
-        stage = self.curriculum.stages[stage_index]
-        first = self.boundaries[stage_index - 1] if stage_index else 0
+        index = self.curriculum.stage_at(self.step, self.options.steps)
         options = self.options
         self.training_step.optimizer.set_lr(
             learning_rate(self.step, options.steps, options.lr, options.warmup, options.decay)
         )
-        self.model.set_plasticity(stage.plasticity)
-        batch = self.samplers[stage_index].batch(self.step - first)
+        self.model.set_plasticity(self.curriculum.stages[index].plasticity)
+        batch = self.samplers[index].next()
         if self.device.type == "cuda":
             batch = batch.pin_memory()
         self.losses[self.step % LOG_EVERY] = self.training_step.run(batch)
@@ -177,21 +194,29 @@ class Trainer:
 
     def _log(self) -> None:
         """Read the losses since the last reading; one synchronisation."""
-        count = (self.step - 1) % LOG_EVERY + 1
-        mean = float(self.losses[:count].double().mean().item()) / math.log(2)
-        bpc = mean if math.isfinite(mean) else None  # NaN is not JSON
-        stage_index = self.curriculum.stage_at(self.step - 1, self.options.steps)
-        stage = self.curriculum.stages[stage_index]
+        index = self.curriculum.stage_at(self.step - 1, self.options.steps)
+        stage = self.curriculum.stages[index]
+        # Readings come at multiples of LOG_EVERY and at the ends of stages, so that no reading spans two stages.
+        last = max((self.step - 1) // LOG_EVERY * LOG_EVERY, self.boundaries[index - 1] if index else 0)
+        losses = self.losses[[step % LOG_EVERY for step in range(last, self.step)]].double().mean()
+        self.workers.average_(losses)
+        bpc = finite(losses.item() / math.log(2))
+        skipped = int(self.training_step.optimizer.skipped.item())
         row = {"step": self.step, "stage": stage.name, "bpc": bpc}
         self.metrics.data["train"].append(row)
         now = time.monotonic()
-        bytes_per_step = self.options.batch_size * self.samplers[stage_index].seq_len * self.workers.size
-        speed = (self.step - self._clock[1]) * bytes_per_step / max(1e-9, now - self._clock[0])
+        bytes_per_step = self.options.batch_size * self.samplers[index].seq_len * self.workers.size
+        read, seconds = (self.step - self._clock[1]) * bytes_per_step, now - self._clock[0]
+        speed = read / max(1e-9, seconds)
+        self.trained_bytes += read
+        self.trained_seconds += seconds
         self._clock = (now, self.step)
-        self.metrics.event("train", **row, bytes_per_second=round(speed))
+        self.metrics.event("train", **row, bytes_per_second=round(speed), skipped_steps=skipped)
         self.bar.update(self.step - self.bar.n)
         self.bar.set_postfix_str(
-            f"{stage.name} α={stage.plasticity:g} bpc={mean:.3f} {speed / 1e6:.3g} MB/s", refresh=False
+            f"{stage.name} α={stage.plasticity:g} bpc={'not finite' if bpc is None else f'{bpc:.3f}'} "
+            f"{speed / 1e6:.3g} MB/s" + (f" skipped {skipped}" if skipped else ""),
+            refresh=False,
         )
 
     def _evaluate(self, stage_ended: bool) -> None:
@@ -203,9 +228,10 @@ class Trainer:
             stage = self.curriculum.stages[self.curriculum.stage_at(self.step - 1, self.options.steps)].name
             bpc = self._validation_bpc(self.options.eval_bytes)
             self.metrics.data["evaluations"].append({"step": self.step, "stage": stage, "bpc": bpc})
-            mean = sum(bpc.values()) / len(bpc)
+            # A model that has diverged has no BPC, and is not the best.
+            mean = None if None in bpc.values() else sum(bpc.values()) / len(bpc)
             best = self.metrics.data["best"]
-            if best is None or mean < best["mean"]:
+            if mean is not None and (best is None or mean < best["mean"]):
                 self.metrics.data["best"] = {"step": self.step, "mean": mean, "bpc": bpc}
                 save_checkpoint(self.model, self.out / BEST, values={"step": self.step, "bpc": bpc})
             self.metrics.event("evaluation", step=self.step, bpc=bpc)
@@ -214,14 +240,15 @@ class Trainer:
                 self.metrics.data["retention"].append({"after": stage, "bpc": bpc})
                 self.metrics.event("stage_end", step=self.step, stage=stage, bpc=bpc)
             if not self.quiet:
-                figures = "  ".join(f"{name} {value:.3f}" for name, value in bpc.items())
+                figures = "  ".join(f"{name} {number(value)}" for name, value in bpc.items())
                 tqdm.write(f"step {self.step}: validation BPC  {figures}", file=sys.stderr)
         self.workers.barrier()
+        self._saved_step = None  # the metrics have changed
         self._clock = (time.monotonic(), self.step)
 
-    def _validation_bpc(self, max_bytes: int | None) -> dict[str, float]:
+    def _validation_bpc(self, max_bytes: int | None) -> dict[str, float | None]:
         pairs = zip(self.curriculum.stages, self.stores)
-        return {stage.name: self.evaluate(store.val, max_bytes) for stage, store in pairs}
+        return {stage.name: finite(self.evaluate(store.val, max_bytes)) for stage, store in pairs}
 
     def evaluate(self, data: np.ndarray, max_bytes: int | None = None) -> float:
         """BPC on `data` (uint8) in windows of `eval_context` bytes, at the model's present plasticity."""
@@ -245,31 +272,54 @@ class Trainer:
                 self.model,
                 self.out / LAST,
                 tensors=self.training_step.state_tensors() | {"losses": self.losses},
-                values={"step": self.step, "metrics": self.metrics.data},
+                values={"step": self.step, "metrics": self.metrics.data, "data": self._positions()},
             )
             self.metrics.write()
+        self._saved_step = self.step
         self.workers.barrier()
         self._clock = (time.monotonic(), self.step)
 
+    def _positions(self) -> list[dict[str, Any]]:
+        return [sampler.state_dict() for sampler in self.samplers]
+
     def resume(self, path: Path) -> None:
-        """Go on from the checkpoint at `path`; a different run or different data is an error that says which."""
+        """Go on from the checkpoint at `path`. Other options, another model or other data are errors that say which."""
         tensors, values = load_training_state(path)
         if "step" not in values or "metrics" not in values or not tensors:
             raise ValueError(f"--resume {path}: holds weights without training state; accepted is a {LAST}")
-        saved, now = values["metrics"], self.metrics.data
-        for ours, theirs in zip(now["stages"], saved["stages"], strict=True):
-            if ours["source"] != theirs["source"]:
-                raise ValueError(f"--resume {path}: the data of stage {ours['name']!r} has changed since it was saved")
+        self._check_same_run(path, values["metrics"])
         self.model.load_state_dict(load_checkpoint(path).state_dict())
         self.training_step.load_state_tensors(tensors)
         self.losses.copy_(tensors["losses"])
+        for sampler, position in zip(self.samplers, values["data"]):
+            sampler.load_state_dict(position)
         self.step = values["step"]
-        self.metrics.data = saved | {"run": now["run"], "stages": now["stages"]}
-        self.metrics.event("resumed", step=self.step)
+        run = self.metrics.data["run"]
+        self.metrics.data = values["metrics"] | {"run": run}
+        best = path.parent / BEST
+        if self.workers.is_main and self.out.resolve() != path.parent.resolve() and best.is_file():
+            write_atomically(self.out / BEST, best.read_bytes())
+
+    def _check_same_run(self, path: Path, saved: dict[str, Any]) -> None:
+        now = self.metrics.data
+        ours = now["run"]["options"] | now["run"]["config"] | {name: now["run"][name] for name in ("workers", "amp")}
+        run = saved["run"]
+        theirs = run["options"] | run["config"] | {name: run[name] for name in ("workers", "amp")}
+        # "auto" is compared by what it became on this device.
+        for name in ours.keys() - set(CHANGEABLE):
+            if ours[name] != theirs.get(name):
+                raise ValueError(f"--resume {path}: {name} is {ours[name]!r} here, accepted is {theirs.get(name)!r}")
+        if [stage["name"] for stage in now["stages"]] != [stage["name"] for stage in saved["stages"]]:
+            raise ValueError(f"--resume {path}: the curriculum {self.curriculum.name!r} has other stages than it had")
+        for stage, before in zip(now["stages"], saved["stages"]):
+            if stage["source"] != before["source"]:
+                raise ValueError(f"--resume {path}: the data of stage {stage['name']!r} has changed since it was saved")
+            if stage != before:
+                raise ValueError(f"--resume {path}: stage {stage['name']!r} is {stage}, accepted is {before}")
 
     def plot(self) -> Path:
         """Write `curriculum.png`: BPC by step, with stages and α marked."""
-        path = self.out / "curriculum.png"
+        path = self.out / PLOT
         plot_curriculum(self.metrics.data, path)
         return path
 

@@ -271,3 +271,14 @@ def test_without_datasets_and_zstandard(monkeypatch, tmp_path):
         (tmp_path / name).write_bytes(b"text\na\n")
         with pytest.raises(DataError, match=f"{name}.*{package}"):
             documents(tmp_path / name)
+
+
+def test_a_folder_leaves_out_what_is_not_text(tmp_path):
+    """Pictures and checkpoints that lie beside the text are not read; a binary file that is named is."""
+    (tmp_path / "a.txt").write_bytes(b"text")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\0\0")
+    assert list(iter_documents(SourceSpec(files=(str(tmp_path),)))) == [b"text"]
+    assert list(iter_documents(SourceSpec(files=(str(tmp_path / "b.png"),)))) == [b"\x89PNG\0\0"]
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(DataError, match="no files of text"):
+        list(iter_documents(SourceSpec(files=(str(tmp_path),))))

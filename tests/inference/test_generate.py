@@ -208,9 +208,6 @@ def test_broken_models_are_refused(tiny_model):
     damaged.start.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):
         generate(damaged, b"x", max_bytes=3)
-    training = copy.deepcopy(tiny_model(dropout=0.5)).train()
-    with pytest.raises(ValueError, match=r"training mode.*accepted is model.eval\(\)"):
-        generate(training, b"x", max_bytes=3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

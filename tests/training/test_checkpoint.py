@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 from model import AGIFormerConfig, CheckpointError, load_checkpoint, save_checkpoint
 from model.config import PRESETS
-from model.training.checkpoint import find_checkpoint, load_training_state, write_atomically
+from model.files import write_atomically
+from model.training.checkpoint import find_checkpoint, load_training_state
 from tests.conftest import make_random_model
 
 
@@ -62,6 +63,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    (tmp_path / ".file.abc.tmp").write_bytes(b"half")
+    (tmp_path / ".other.abc.tmp").write_bytes(b"half")
+    write_atomically(tmp_path / "file", b"new")
+    assert sorted(os.listdir(tmp_path)) == [".other.abc.tmp", "file"]
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt"])

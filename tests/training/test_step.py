@@ -70,7 +70,7 @@ def test_a_poisoned_batch_changes_nothing(amp_dtype):
 
 
 def test_the_step_never_reads_a_tensor_on_the_host():
-    """Everything that would wait for a CUDA device shows up here as a local_scalar_dense or nonzero call."""
+    """Reading a value on the host shows up here as a local_scalar_dense, nonzero or the like."""
     model = make_random_model()
     step = TrainingStep(model, MuonAdamW(model, lr=1e-3))
     seen = []
@@ -86,6 +86,22 @@ def test_the_step_never_reads_a_tensor_on_the_host():
     assert any("mm" in name for name in seen)
     forbidden = ("local_scalar", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
     assert [name for name in seen if any(word in name.split(".")[1] for word in forbidden)] == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
+def test_a_step_does_not_wait_for_the_device(amp_dtype):
+    model = make_random_model().cuda()
+    step = TrainingStep(model, MuonAdamW(model, lr=1e-3), amp_dtype=amp_dtype)
+    first, second = (batch.pin_memory() for batch in batches(2))
+    step.run(first)  # libraries and the scaler set themselves up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step.optimizer.set_lr(1e-4)
+        model.set_plasticity(0.3)
+        step.run(second)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -210,6 +210,11 @@ def test_two_workers_share_a_run(curriculum, environment, tmp_path):
         (["--lr", "-1"], "lr=-1.0: accepted is a number > 0"),
         (["--lr", "nan"], "lr=nan: accepted is a number > 0"),
         (["--amp", "int8"], "amp='int8': accepted is one of auto, bf16, fp16, off"),
+        (["--steps", "2"], "steps=2: accepted is at least one for each of 3 stages"),
+        (["--seed", "99999999999999999999"], "seed=99999999999999999999: accepted is an integer from 0"),
+        (["--set", "plasticity=0.5"], "--set plasticity"),
+        (["--stepz", "2"], "unrecognized arguments: --stepz"),
+        (["--steps", "many"], "--steps: invalid int value: 'many'"),
         (["--optimizer", "sgd"], "optimizer='sgd': accepted is one of muon, adamw"),
         (["--curriculum", "nowhere"], "nowhere"),
         (["--resume", "missing.safetensors"], "--resume missing.safetensors: no such file"),
@@ -265,3 +270,61 @@ def test_changed_data_is_noticed(curriculum, environment, tmp_path):
     done = train(environment, *arguments, "--resume", check=False)
     assert done.returncode == 2
     assert "the data of stage 'masal' has changed" in done.stderr
+
+
+def test_a_new_run_moves_the_old_one_aside(whole_run, curriculum, environment, tmp_path):
+    arguments = [*RUN, "--curriculum", curriculum, "--out", tmp_path]
+    train(environment, *arguments, "--steps", 6)
+    before = (tmp_path / "last_model_curriculum.safetensors").read_bytes()
+    done = train(environment, *arguments, "--steps", 3)
+    assert "moved to" in done.stderr
+    assert (tmp_path / "previous-1" / "last_model_curriculum.safetensors").read_bytes() == before
+    assert metrics(tmp_path)["train"][-1]["step"] == 3
+    assert metrics(tmp_path / "previous-1")["train"][-1]["step"] == 6
+
+
+def test_a_finished_run_resumed_elsewhere_is_whole_there(whole_run, environment, tmp_path):
+    last = whole_run[0] / "last_model_curriculum.safetensors"
+    done = train(environment, "--resume", last, "--out", tmp_path / "new", "--quiet", "--sample-bytes", 5)
+    assert identical(whole_run[0], tmp_path / "new")
+    assert "BPC long" in done.stdout
+
+
+def test_a_diverged_run_says_so(curriculum, environment, tmp_path):
+    """Weights at 1e30: no traceback, files that are still JSON, no best model, and every skipped step counted."""
+    done = train(
+        environment, *RUN, "--curriculum", curriculum, "--steps", 12, "--out", tmp_path, "--lr", 1e30, check=False
+    )
+    assert done.returncode == 0
+    assert "has diverged" in done.stdout
+    assert "Traceback" not in done.stderr
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    data = json.loads((tmp_path / "metrics_curriculum.json").read_text(), parse_constant=refuse)
+    assert data["skipped_steps"] > 0
+    assert data["retention"][-1]["bpc"]["long"] is None
+    for line in (tmp_path / "log_curriculum.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_no_reading_of_the_loss_spans_two_stages(whole_run):
+    """Stages end at 9 and 24: rows at the ends and at multiples of ten, each with the stage its losses came from."""
+    rows = [(row["step"], row["stage"]) for row in metrics(whole_run[0])["train"]]
+    assert rows[:5] == [(9, "words"), (10, "masal"), (20, "masal"), (24, "masal"), (30, "long")]
+
+
+def test_ctrl_c_before_the_first_step(environment, tmp_path):
+    process = subprocess.Popen(
+        command("--preset", "nano", "--out", tmp_path / "out", "--cache-dir", tmp_path / "cache"),
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (tmp_path / "cache").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
