@@ -42,8 +42,8 @@ def expand_files(entries: Iterable[str]) -> list[tuple[Path, bool]]:
     """Paths in reading order, each with whether it was named outright (True) or found by a folder or glob (False).
 
     A folder means every file under it, at any depth, that is not hidden and, unless compressed or a table, has no
-    zero byte in its first 8 KiB (pictures, checkpoints and the like lie beside text); folders and globs are read in sorted order,
-    and a file that comes up twice is read once. Raises DataError for an entry that matches nothing.
+    zero byte in its first 8 KiB (pictures, checkpoints and the like lie beside text); folders and globs are read in
+    sorted order, and a file that comes up twice is read once. Raises DataError for an entry that matches nothing.
     """
     found: dict[Path, bool] = {}
     for entry in entries:

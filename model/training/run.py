@@ -1,5 +1,6 @@
 """A whole run of train_curriculum.py: from its arguments to the report and the sample at its end."""
 
+import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -167,10 +168,12 @@ def _report(trainer: Trainer, sample_bytes: int) -> None:
         print(f"after {row['after']:<12}" + "".join(f"{number(row['bpc'][name]):>{width + 2}}" for name in names))
     for name in names:
         print(f"BPC {name}: {number(data['retention'][-1]['bpc'][name])}")
-    megabytes, seconds = trainer.trained_bytes / 1e6, trainer.trained_seconds
-    speed = megabytes / max(1e-9, seconds)
-    print(f"trained on {megabytes:.2f} MB in {seconds:.1f} s without evaluations and saves: {speed:.3g} MB/s")
-    trainer.metrics.event("finished", bytes=trainer.trained_bytes, seconds=round(seconds, 3))
+    if trainer.speeds:
+        speed = statistics.median(trainer.speeds)
+        print(
+            f"training speed {speed / 1e6:.3g} MB/s: median of readings every ten steps, without evaluations and saves"
+        )
+        trainer.metrics.event("finished", bytes_per_second=round(speed))
     print(f"steps skipped for non-finite gradients: {data['skipped_steps']}")
     if data["best"] is None:
         print("no best model: no evaluation was finite; the run has diverged, a smaller --lr may help")

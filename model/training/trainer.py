@@ -3,6 +3,8 @@
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ class Trainer:
         self.step = 0
         self.stop_requested = False
         self._saved_step: int | None = None
-        self.trained_bytes, self.trained_seconds = 0, 0.0  # by this process, without evaluations and saves
+        self.speeds: list[float] = []  # bytes/s of every reading of this process, without evaluations and saves
         if options.steps < len(curriculum.stages):
             raise ValueError(
                 f"steps={options.steps}: accepted is at least one for each of {len(curriculum.stages)} stages"
@@ -145,15 +147,17 @@ class Trainer:
     def train(self) -> bool:
         """Run from the current step to the end, or until `stop_requested`; True when the run is complete."""
         self.metrics.event("started", step=self.step, options=self.options.to_dict())
+        self._clock = (time.monotonic(), self.step)
         self._save()  # so that a run killed at any moment leaves something to resume
         with tqdm(
             total=self.options.steps, initial=self.step, unit="step", disable=self.quiet, file=sys.stderr
         ) as self.bar:
             while not self._stop_agreed():
-                if self._evaluation_due():
-                    self._evaluate(self.step in self.boundaries)
-                if self._save_due():
-                    self._save()
+                with self._off_the_clock() if self._evaluation_due() or self._save_due() else nullcontext():
+                    if self._evaluation_due():
+                        self._evaluate(self.step in self.boundaries)
+                    if self._save_due():
+                        self._save()
                 if self.step == self.options.steps:
                     return True
                 self._train_one()
@@ -206,10 +210,8 @@ class Trainer:
         self.metrics.data["train"].append(row)
         now = time.monotonic()
         bytes_per_step = self.options.batch_size * self.samplers[index].seq_len * self.workers.size
-        read, seconds = (self.step - self._clock[1]) * bytes_per_step, now - self._clock[0]
-        speed = read / max(1e-9, seconds)
-        self.trained_bytes += read
-        self.trained_seconds += seconds
+        speed = (self.step - self._clock[1]) * bytes_per_step / max(1e-9, now - self._clock[0])
+        self.speeds.append(speed)
         self._clock = (now, self.step)
         self.metrics.event("train", **row, bytes_per_second=round(speed), skipped_steps=skipped)
         self.bar.update(self.step - self.bar.n)
@@ -218,6 +220,15 @@ class Trainer:
             f"{speed / 1e6:.3g} MB/s" + (f" skipped {skipped}" if skipped else ""),
             refresh=False,
         )
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """What happens inside does not count as training time."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the steps still under way do
+        began = time.monotonic()
+        yield
+        self._clock = (self._clock[0] + time.monotonic() - began, self._clock[1])
 
     def _evaluate(self, stage_ended: bool) -> None:
         """BPC of every stage's validation split: an even sample of each, and all of each when a stage ends.
@@ -244,7 +255,6 @@ class Trainer:
                 tqdm.write(f"step {self.step}: validation BPC  {figures}", file=sys.stderr)
         self.workers.barrier()
         self._saved_step = None  # the metrics have changed
-        self._clock = (time.monotonic(), self.step)
 
     def _validation_bpc(self, max_bytes: int | None) -> dict[str, float | None]:
         pairs = zip(self.curriculum.stages, self.stores)
@@ -277,7 +287,6 @@ class Trainer:
             self.metrics.write()
         self._saved_step = self.step
         self.workers.barrier()
-        self._clock = (time.monotonic(), self.step)
 
     def _positions(self) -> list[dict[str, Any]]:
         return [sampler.state_dict() for sampler in self.samplers]
