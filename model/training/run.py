@@ -170,9 +170,7 @@ def _report(trainer: Trainer, sample_bytes: int) -> None:
         print(f"BPC {name}: {number(data['retention'][-1]['bpc'][name])}")
     if trainer.speeds:
         speed = statistics.median(trainer.speeds)
-        print(
-            f"training speed {speed / 1e6:.3g} MB/s: median of readings every ten steps, without evaluations and saves"
-        )
+        print(f"training speed {speed / 1e6:.3g} MB/s, evaluations and saves left out (median of every ten steps)")
         trainer.metrics.event("finished", bytes_per_second=round(speed))
     print(f"steps skipped for non-finite gradients: {data['skipped_steps']}")
     if data["best"] is None:

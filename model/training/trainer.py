@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +147,17 @@ class Trainer:
     def train(self) -> bool:
         """Run from the current step to the end, or until `stop_requested`; True when the run is complete."""
         self.metrics.event("started", step=self.step, options=self.options.to_dict())
-        self._clock = (time.monotonic(), self.step)
         self._save()  # so that a run killed at any moment leaves something to resume
+        self._clock = (time.monotonic(), self.step)
         with tqdm(
             total=self.options.steps, initial=self.step, unit="step", disable=self.quiet, file=sys.stderr
         ) as self.bar:
             while not self._stop_agreed():
-                with self._off_the_clock() if self._evaluation_due() or self._save_due() else nullcontext():
-                    if self._evaluation_due():
+                if self._evaluation_due():
+                    with self._off_the_clock():
                         self._evaluate(self.step in self.boundaries)
-                    if self._save_due():
+                if self._save_due():
+                    with self._off_the_clock():
                         self._save()
                 if self.step == self.options.steps:
                     return True
