@@ -65,7 +65,7 @@ def _draw_stages(axes, stages: list[dict[str, Any]]) -> None:
         name = stage["name"] if len(stage["name"]) <= 20 else stage["name"][:19] + "…"
         axes.text(
             (start + end) / 2,
-            0.02,
+            1.01,
             f"{name}\nα {stage['plasticity']:g}",
             transform=axes.get_xaxis_transform(),
             ha="center",

@@ -10,7 +10,7 @@ LARGEST_SEED = 2**63 - 1
 
 # What a run is when nothing else is said: enough steps that the result is worth looking at.
 PRESET_DEFAULTS: dict[str, dict[str, Any]] = {
-    "nano": {"steps": 600, "batch_size": 16, "seq_len": 512, "lr": 6e-3, "eval_bytes": 16384},
+    "nano": {"steps": 500, "batch_size": 16, "seq_len": 512, "lr": 6e-3, "eval_bytes": 16384},
     "small": {"steps": 876, "batch_size": 32, "seq_len": 1024, "lr": 4e-3},
     "base": {"steps": 4000, "batch_size": 64, "seq_len": 1024, "lr": 2e-3},
     "large": {"steps": 8000, "batch_size": 128, "seq_len": 1024, "lr": 1e-3},
