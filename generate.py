@@ -21,15 +21,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from model.cli import Parser
+
 ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"0": b"\0", b"\\": b"\\"}
 ESCAPES_ACCEPTED = r"\n \r \t \0 \\ \xHH \uHHHH"
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage before it."""
-
-    def error(self, message: str) -> None:
-        fail(f"{message} (--help lists what is accepted)", 2)
 
 
 def fail(message: str, code: int) -> None:
@@ -91,7 +86,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="generate.py",
         description="Generate text from a checkpoint; it goes to stdout as it comes, everything else to stderr.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "checkpoint",

@@ -12,46 +12,27 @@ import argparse
 import sys
 from pathlib import Path
 
+from model.cli import Parser, guarded, positive
+
 DEFAULT_CHECKPOINT = "best_model_curriculum.safetensors"
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage before it."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists what is accepted)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    try:
-        return run(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"inspect_reasoning.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return guarded("inspect_reasoning.py", lambda: run(options))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="inspect_reasoning.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="inspect_reasoning.py", description=__doc__)
     parser.add_argument(
         "checkpoint", nargs="?", default=DEFAULT_CHECKPOINT, help="a file, or the bare name of one in checkpoints/"
     )
     parser.add_argument("--text", metavar="FILE", help="the text to think about (a short one of this project)")
-    parser.add_argument("--steps", type=count, help="thinking steps to look at (twice the configured number)")
-    parser.add_argument("--max-bytes", type=count, default=65536, help="bytes of the text, evenly spaced (65536)")
+    parser.add_argument("--steps", type=positive, help="thinking steps to look at (twice the configured number)")
+    parser.add_argument("--max-bytes", type=positive, default=65536, help="bytes of the text, evenly spaced (65536)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     return parser.parse_args(argv)
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: accepted is an integer ≥ 1")
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:

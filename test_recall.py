@@ -11,27 +11,16 @@ stdout; a pass means at least half of the keys exactly right at every length (do
 import argparse
 import sys
 
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage before it."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists what is accepted)\n")
+from model.cli import Parser, guarded, positive
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    try:
-        return run(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"test_recall.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return guarded("test_recall.py", lambda: run(options))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="test_recall.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="test_recall.py", description=__doc__)
     parser.add_argument("checkpoint", help="a file, or the bare name of one in checkpoints/")
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
@@ -46,12 +35,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     running.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     running.add_argument("--json", metavar="FILE", help="write the numbers there too")
     return parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: accepted is an integer ≥ 1")
-    return int(text)
 
 
 def lengths(text: str) -> list[int]:

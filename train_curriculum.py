@@ -11,20 +11,14 @@ log_curriculum.jsonl and curriculum.png into --out. Ctrl-C and SIGTERM save and 
 """
 
 import argparse
-import os
 import signal
 import sys
 
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage before it."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists what is accepted)\n")
+from model.cli import Parser, guarded
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(prog="train_curriculum.py", description=__doc__)
 
     what = parser.add_argument_group("what to train, on what")
     what.add_argument("--preset", help="nano, small, base or large (default: small on CUDA, else nano)")
@@ -71,19 +65,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    try:
+
+    def run() -> int:
         # Imported after parsing: --help should not wait for torch.
         from model.training.run import run_curriculum
 
         return run_curriculum(arguments, install_signal_handlers)
-    except (ValueError, OSError) as error:
-        # All workers find the same fault; one says so.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train_curriculum.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train_curriculum.py: stopped before the first step", file=sys.stderr)
-        return 130
+
+    return guarded("train_curriculum.py", run)
 
 
 def install_signal_handlers(request_stop):

@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.agiformer import AGIFormer
+from model.cli import Parser
 from model.config import AGIFormerConfig
 from model.data import Curriculum, load_curriculum
 from model.evaluation.report import number, text_table
@@ -113,7 +114,7 @@ def run(name: str, arguments: argparse.Namespace, device: torch.device) -> list[
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--preset", default="small", help="nano, small, base or large (default: small)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the model")
     parser.add_argument("--curriculum", default="local", help="as for train_curriculum.py (default: local)")

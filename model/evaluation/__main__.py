@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model.cli import Parser, guarded
 from model.evaluation.bpc import BPCResult, bits_per_byte
 from model.evaluation.report import json_text, number, pick_device, text_table
 
@@ -22,13 +23,11 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 2 for bad arguments and unreadable input."""
     options = _parse(argv)
-    try:
-        results = _evaluate(options)
-    except (ValueError, OSError) as error:
-        print(f"evaluation: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return guarded("evaluation", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    results = _evaluate(options)
     if options.json:
         stages = [{"stage": name, "split": options.split, **asdict(result)} for name, result in results]
         print(json_text({"checkpoint": options.checkpoint, "source": options.source, "stages": stages}), end="")
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m model.evaluation",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
