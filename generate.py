@@ -7,8 +7,8 @@ r"""Generate text from a checkpoint.
 
 The continuation goes to stdout as UTF-8, each character as soon as it is certain; everything else goes to stderr. With
 --batch, samples are printed one after the other: the first as it comes, each later one as soon as the one before
-it is complete. Exit codes: 0 done (also when the reader of stdout goes away), 1 a missing or damaged file,
-2 a bad argument, 130 stopped by Ctrl-C.
+it is complete. Exit codes: 0 done (also when the reader of stdout goes away), 1 the output
+cannot be written or the model's numbers are not finite, 2 a bad argument or a missing or damaged file, 130 Ctrl-C.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def read_prompt(options: argparse.Namespace) -> bytes:
         try:
             return Path(options.prompt_file).read_bytes()
         except OSError as error:
-            fail(f"--prompt-file {options.prompt_file!r}: {error.strerror}; accepted is a readable file", 1)
+            fail(f"--prompt-file {options.prompt_file!r}: {error.strerror}; accepted is a readable file", 2)
     if options.prompt is not None and options.prompt != "-":
         return os.fsencode(options.prompt)
     if options.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
@@ -157,7 +157,7 @@ def load(options: argparse.Namespace):
     try:
         return load_checkpoint(find_checkpoint(options.checkpoint), device)
     except CheckpointError as error:
-        fail(str(error), 1)
+        fail(str(error), 2)
 
 
 def print_in_order(pieces: Iterator, samples: int, prompt: bytes) -> int:

@@ -121,6 +121,18 @@ def test_a_prompt_inside_a_character_is_completed_first(tiny_model):
     assert len((prompt + two).decode("utf-8")) == 1
 
 
+def test_early_halting_reaches_the_stream(tiny_model):
+    """Every halting probability is under 1 and over 1e-6: these thresholds are K steps and none."""
+    model = tiny_model(thinking_steps=3)
+
+    def text(**arguments) -> list:
+        return collect(generate(model, b"abc", max_bytes=20, temperature=0, any_bytes=True, **arguments))
+
+    assert text(halt_threshold=1.0) == text()
+    assert text(halt_threshold=1e-6) == text(thinking_steps=0)
+    assert text() != text(thinking_steps=0)
+
+
 def test_thinking_steps_matter(tiny_model):
     results = {
         collect(generate(tiny_model(), b"abc", max_bytes=40, temperature=0, thinking_steps=k))[0] for k in (0, 1, 3)

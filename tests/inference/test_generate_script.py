@@ -214,15 +214,15 @@ def test_bad_arguments_get_one_line_and_code_2(call, arguments, words):
     "name", ["missing.safetensors", "missing/tiny.safetensors", "checkpoints", "cut.safetensors", "empty.safetensors",
              "text.safetensors", "cut.pth", "list.pth"],
 )  # fmt: skip
-def test_bad_files_get_one_line_and_code_1(call, name):
+def test_bad_files_get_one_line_and_code_2(call, name):
     code, out, err = call(name, "--prompt", "x")
-    assert code == 1 and out == "" and err.count("\n") == 1 and name in err, err
+    assert code == 2 and out == "" and err.count("\n") == 1 and name in err, err
 
 
-def test_bad_prompt_files_get_one_line_and_code_1(call):
+def test_bad_prompt_files_get_one_line_and_code_2(call):
     for name in ("missing.txt", "checkpoints"):
         code, _, err = call("tiny.safetensors", "--prompt-file", name)
-        assert code == 1 and err.count("\n") == 1 and f"--prompt-file {name!r}" in err
+        assert code == 2 and err.count("\n") == 1 and f"--prompt-file {name!r}" in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
