@@ -20,12 +20,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.agiformer import AGIFormer
-from model.cli import Parser
+from model.cli import Parser, guarded
 from model.config import AGIFormerConfig
 from model.data import Curriculum, load_curriculum
 from model.evaluation.report import number, text_table
 from model.training.distributed import join_workers
 from model.training.options import TrainingOptions
+from model.training.run import prepare_folder
 from model.training.trainer import Trainer
 
 
@@ -74,6 +75,9 @@ class Variant:
 
 VARIANTS = {
     "default": Variant(),
+    "batch-8": Variant({"batch_size": 8, "lr": 3e-3}),
+    "batch-16": Variant({"batch_size": 16}),
+    "batch-24": Variant({"batch_size": 24}),
     "lr-2e-3": Variant({"lr": 2e-3}),
     "lr-8e-3": Variant({"lr": 8e-3}),
     "adamw-1e-3": Variant({"optimizer": "adamw", "lr": 1e-3}),
@@ -97,9 +101,13 @@ def run(name: str, arguments: argparse.Namespace, device: torch.device) -> list[
     options = TrainingOptions.build(
         arguments.preset, arguments.curriculum, steps=arguments.steps, batch_size=arguments.batch_size
     )
+    # Another batch size means as many more steps on the same bytes.
+    steps = options.steps * options.batch_size // variant.options.get("batch_size", options.batch_size)
+    options = replace(options, steps=steps, eval_every=steps, save_every=steps)
+    prepare_folder(Path(arguments.out) / name)
     trainer = Trainer(
         replace(AGIFormerConfig.preset(arguments.preset).with_settings(arguments.set), **variant.config),
-        replace(options, eval_every=options.steps, save_every=options.steps, **variant.options),
+        replace(options, **variant.options),
         variant.curriculum(load_curriculum(arguments.curriculum)),
         out=Path(arguments.out) / name,
         device=device,
@@ -127,7 +135,13 @@ def main() -> int:
     names = arguments.only.split(",") if arguments.only else list(VARIANTS)
     if unknown := [name for name in names if name not in VARIANTS]:
         parser.error(f"--only {unknown[0]}: accepted are {', '.join(VARIANTS)}")
-    _, device = join_workers(arguments.device)
+    return guarded("ablations.py", lambda: run_all(names, arguments))
+
+
+def run_all(names: list[str], arguments: argparse.Namespace) -> int:
+    workers, device = join_workers(arguments.device)
+    if workers.size > 1:
+        raise ValueError(f"{workers.size} workers: accepted is one, without torchrun")
     rows = []
     for name in names:
         rows.append(run(name, arguments, device))

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # as PyTorch says it of a GPU and of a CPU
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage before it; options are not abbreviated."""
@@ -37,11 +39,11 @@ def guarded(program: str, run: Callable[[], int]) -> int:
     try:
         return run()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+        text = " ".join(str(error).split()) or "out of memory"
+        if isinstance(error, RuntimeError) and not any(phrase in text for phrase in OUT_OF_MEMORY):
             raise
-        # Several workers find the same fault; one says so.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: error: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"{program}: error: {text}" + (f" [worker {rank}]" if rank != "0" else ""), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: stopped", file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from model.config import AGIFormerConfig
-from model.data import load_curriculum
+from model.data import BUILTIN_CURRICULA, load_curriculum
 from model.evaluation.report import number
 from model.files import write_atomically
 from model.inference.generate import generate
@@ -24,10 +24,10 @@ from model.training.trainer import CHANGEABLE, FILES, LAST, Trainer
 def run_curriculum(arguments: Namespace, install_signal_handlers: Callable[[Callable[[], None]], None]) -> int:
     """Train as the arguments say; 0 when done or stopped cleanly. ValueError for what a user can mend."""
     workers, device = join_workers(arguments.device)
-    try:
-        return _run(arguments, install_signal_handlers, workers, device)
-    finally:
-        workers.leave()
+    code = _run(arguments, install_signal_handlers, workers, device)
+    # Not after an error: leaving would wait for the others, who wait in the step that this worker did not reach.
+    workers.leave()
+    return code
 
 
 def _run(arguments: Namespace, install_signal_handlers, workers: Workers, device: torch.device) -> int:
@@ -47,7 +47,7 @@ def _run(arguments: Namespace, install_signal_handlers, workers: Workers, device
         quiet=arguments.quiet,
     )
     if workers.is_main:
-        _prepare_folder(trainer.out, resume)
+        prepare_folder(trainer.out, resume)
     if resume:
         trainer.resume(resume)
     if workers.is_main:
@@ -69,23 +69,23 @@ def _run(arguments: Namespace, install_signal_handlers, workers: Workers, device
     return 0
 
 
-def _prepare_folder(out: Path, resume: Path | None) -> None:
-    """Make the folder and see that it can be written; a run that lies in it already is moved aside, not overwritten."""
+def prepare_folder(out: Path, resume: Path | None = None) -> None:
+    """Make the folder and see that it can be written; another run that lies in it is moved aside, not overwritten."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / ".probe", b"").unlink()
     except OSError as error:
         raise ValueError(f"--out {out}: cannot be written ({error.strerror}); accepted is a folder") from None
-    if resume or not (out / LAST).exists():
+    earlier = [name for name in FILES if (out / name).exists()]
+    if not earlier or (resume and resume.resolve().parent == out.resolve()):
         return
     n = 1
     while (aside := out / f"previous-{n}").exists():
         n += 1
     aside.mkdir()
-    for name in FILES:
-        if (out / name).exists():
-            (out / name).rename(aside / name)
-    print(f"{out}/ holds an earlier run: moved to {aside}/ (--resume goes on with it instead)", file=sys.stderr)
+    for name in earlier:
+        (out / name).rename(aside / name)
+    print(f"{out}/ held another run: moved to {aside}/ (go on with it: --resume --out {aside})", file=sys.stderr)
 
 
 def _resume_path(arguments: Namespace, workers: Workers) -> Path | None:
@@ -113,8 +113,8 @@ def _saved_run(path: Path) -> dict[str, Any]:
 def _options(
     arguments: Namespace, device: torch.device, saved: dict[str, Any] | None
 ) -> tuple[TrainingOptions, AGIFormerConfig]:
-    if arguments.curriculum and Path(arguments.curriculum).exists():
-        # A run can be resumed from another folder.
+    if arguments.curriculum and arguments.curriculum not in BUILTIN_CURRICULA and Path(arguments.curriculum).exists():
+        # So that the run can be resumed from another folder.
         arguments.curriculum = str(Path(arguments.curriculum).resolve())
     names = ("steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "warmup", "decay", "clip", "amp")
     names += ("seed", "eval_every", "save_every")
@@ -170,11 +170,11 @@ def _report(trainer: Trainer, sample_bytes: int) -> None:
         print(f"BPC {name}: {number(data['retention'][-1]['bpc'][name])}")
     if trainer.speeds:
         speed = statistics.median(trainer.speeds)
-        print(f"training speed {speed / 1e6:.3g} MB/s, evaluations and saves left out (median of every ten steps)")
+        print(f"training speed {speed / 1e6:.3g} MB/s, evaluations and saves left out (median of the readings)")
         trainer.metrics.event("finished", bytes_per_second=round(speed))
     print(f"steps skipped for non-finite gradients: {data['skipped_steps']}")
     if data["best"] is None:
-        print("no best model: no evaluation was finite; the run has diverged, a smaller --lr may help")
+        print("no best model: its file was not beside the resumed one, or the run has diverged (try a smaller --lr)")
         return
     print(f"best model: step {data['best']['step']}, mean BPC {data['best']['mean']:.3f} on the samples along the way")
     if sample_bytes > 0 and None not in data["retention"][-1]["bpc"].values():

@@ -19,7 +19,7 @@ from model.evaluation.bpc import bits_per_byte
 from model.evaluation.plots import plot_curriculum
 from model.evaluation.report import number
 from model.files import write_atomically
-from model.training.checkpoint import load_checkpoint, load_training_state, save_checkpoint
+from model.training.checkpoint import CheckpointError, load_checkpoint, load_training_state, save_checkpoint
 from model.training.distributed import Workers
 from model.training.metrics import LOG, METRICS, Metrics, finite
 from model.training.optimizer import MuonAdamW
@@ -146,7 +146,7 @@ class Trainer:
 
     def train(self) -> bool:
         """Run from the current step to the end, or until `stop_requested`; True when the run is complete."""
-        self.metrics.event("started", step=self.step, options=self.options.to_dict())
+        self.metrics.event("resumed" if self.step else "started", step=self.step, options=self.options.to_dict())
         self._save()  # so that a run killed at any moment leaves something to resume
         self._clock = (time.monotonic(), self.step)
         with tqdm(
@@ -306,9 +306,19 @@ class Trainer:
         self.step = values["step"]
         run = self.metrics.data["run"]
         self.metrics.data = values["metrics"] | {"run": run}
-        best = path.parent / BEST
-        if self.workers.is_main and self.out.resolve() != path.parent.resolve() and best.is_file():
-            write_atomically(self.out / BEST, best.read_bytes())
+        self._bring_best(path.parent / BEST)
+
+    def _bring_best(self, source: Path) -> None:
+        """Have the best model that the metrics speak of in `out`; without it, the next evaluation chooses anew."""
+        best = self.metrics.data["best"]
+        try:
+            _, values = load_training_state(source)
+        except CheckpointError:
+            values = {}
+        if best is None or values.get("step") != best["step"]:
+            self.metrics.data["best"] = None
+        elif self.workers.is_main and self.out.resolve() != source.parent.resolve():
+            write_atomically(self.out / BEST, source.read_bytes())
 
     def _check_same_run(self, path: Path, saved: dict[str, Any]) -> None:
         now = self.metrics.data

@@ -290,6 +290,33 @@ def test_a_finished_run_resumed_elsewhere_is_whole_there(whole_run, environment,
     assert "BPC long" in done.stdout
 
 
+def test_resuming_into_an_occupied_folder_moves_what_is_there_aside(whole_run, curriculum, environment, tmp_path):
+    train(environment, *RUN, "--curriculum", curriculum, "--steps", 3, "--out", tmp_path)
+    before = (tmp_path / "last_model_curriculum.safetensors").read_bytes()
+    last = whole_run[0] / "last_model_curriculum.safetensors"
+    train(environment, "--resume", last, "--out", tmp_path, "--quiet", "--sample-bytes", 5)
+    assert identical(whole_run[0], tmp_path)
+    assert (tmp_path / "previous-1" / "last_model_curriculum.safetensors").read_bytes() == before
+
+
+def test_a_missing_best_model_is_not_spoken_of(whole_run, environment, tmp_path):
+    """Only the last model was copied here: the metrics must not name a best one that is not there."""
+    last = tmp_path / "last_model_curriculum.safetensors"
+    last.write_bytes((whole_run[0] / last.name).read_bytes())
+    done = train(environment, "--resume", "--out", tmp_path, "--quiet", "--sample-bytes", 5)
+    assert metrics(tmp_path)["best"] is None
+    assert "no best model" in done.stdout
+
+
+def test_a_built_in_name_wins_over_a_folder_of_that_name(environment, tmp_path, monkeypatch):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "a.txt").write_text("some text " * 50)
+    monkeypatch.chdir(tmp_path)
+    done = train(environment, *RUN, "--curriculum", "local", "--steps", 3, check=False)
+    assert done.returncode == 2
+    assert "corpora" in done.stderr
+
+
 def test_a_diverged_run_says_so(curriculum, environment, tmp_path):
     """Weights at 1e30: no traceback, files that are still JSON, no best model, and every skipped step counted."""
     done = train(
