@@ -6,6 +6,6 @@ from torch import Tensor
 NORM_EPS = 1e-6
 
 
-def rms_norm(x: Tensor) -> Tensor:
+def rms_norm(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     """[..., D] → [..., D] of unit mean square over the last dimension; float32 inside, x's type outside."""
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS).to(x.dtype)
+    return F.rms_norm(x, (x.shape[-1],), eps=eps).to(x.dtype)

@@ -7,6 +7,7 @@ import torch
 
 from model import ByteStream
 from model.inference.stream import PIECE
+from tests.conftest import make_random_model
 
 TOLERANCE = 1e-4
 TEXTS = [
@@ -93,6 +94,20 @@ def test_any_plasticity(tiny_model, alpha):
         expected = model(x)
     found = stream_logits(ByteStream(model), x, splits(90, 6))
     torch.testing.assert_close(found[:, :-1], expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+@pytest.mark.parametrize(("patch_size", "overlap"), [(1, 0), (3, 2)])
+def test_delta_reads_that_find_nothing(alpha, patch_size, overlap):
+    """Strong forgetting makes delta-rule reads nearly zero: their rounding must not be blown up to full size."""
+    for seed in range(12):
+        model = make_random_model(seed=seed, memory_rule="delta", patch_size=patch_size, patch_overlap=overlap)
+        model.set_plasticity(alpha)
+        x = random_bytes(2, 120, seed)
+        with torch.no_grad():
+            expected = model(x)
+        found = stream_logits(ByteStream(model, 2), x, splits(120, seed))
+        torch.testing.assert_close(found[:, :-1], expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("window", [1, 2, 8])
