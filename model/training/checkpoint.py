@@ -89,6 +89,11 @@ def load_training_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dic
     return tensors, header.get("training", {})
 
 
+def load_training_values(path: str | os.PathLike) -> dict[str, Any]:
+    """The values of `load_training_state` alone, from the header: no tensor is read."""
+    return _read(Path(path), None)[1].get("training", {})
+
+
 def find_checkpoint(name: str | os.PathLike, folder: str = "checkpoints") -> Path:
     """`name` itself if it is a file, else the file of that bare name in `folder`."""
     path = Path(name)
@@ -101,8 +106,8 @@ def find_checkpoint(name: str | os.PathLike, folder: str = "checkpoints") -> Pat
     )
 
 
-def _read(path: Path, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors whose names begin with `prefix`, without it, and the header's values."""
+def _read(path: Path, prefix: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors whose names begin with `prefix`, without it (none for None), and the header's values."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -111,6 +116,8 @@ def _read(path: Path, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = json.loads(metadata[FORMAT])
             if header["version"] > VERSION:
                 raise CheckpointError(f"checkpoint {path}: version {header['version']}, accepted are up to {VERSION}")
+            if prefix is None:
+                return {}, header
             names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
             return {name.removeprefix(prefix): file.get_tensor(name) for name in names}, header
     except FileNotFoundError:

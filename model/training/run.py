@@ -15,7 +15,7 @@ from model.evaluation.report import number
 from model.files import write_atomically
 from model.inference.generate import generate
 from model.inference.text import Utf8Emitter
-from model.training.checkpoint import CheckpointError, load_checkpoint, load_training_state
+from model.training.checkpoint import CheckpointError, load_training_values
 from model.training.distributed import Workers, join_workers
 from model.training.options import TrainingOptions
 from model.training.trainer import CHANGEABLE, FILES, LAST, Trainer
@@ -104,7 +104,7 @@ def _resume_path(arguments: Namespace, workers: Workers) -> Path | None:
 
 
 def _saved_run(path: Path) -> dict[str, Any]:
-    _, values = load_training_state(path)
+    values = load_training_values(path)
     if "metrics" not in values:
         raise CheckpointError(f"--resume {path}: holds weights without training state; accepted is a {LAST}")
     return values["metrics"]["run"]
@@ -184,10 +184,9 @@ def _report(trainer: Trainer, sample_bytes: int) -> None:
 
 
 def sample_text(trainer: Trainer, sample_bytes: int) -> str:
-    """Text from the run's last model, from an empty prompt, with the run's seed."""
-    model = load_checkpoint(trainer.out / LAST, trainer.device)
+    """Text from the model as the run leaves it, from an empty prompt, with the run's seed."""
     emitter = Utf8Emitter()
     text = ""
-    for event in generate(model, b"", max_bytes=sample_bytes, temperature=0.8, seed=trainer.options.seed):
-        text += emitter.feed(event.data)
+    for piece in generate(trainer.model, b"", max_bytes=sample_bytes, temperature=0.8, seed=trainer.options.seed):
+        text += emitter.feed(piece.data)
     return text + emitter.close()

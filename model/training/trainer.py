@@ -19,7 +19,13 @@ from model.evaluation.bpc import bits_per_byte
 from model.evaluation.plots import plot_curriculum
 from model.evaluation.report import number
 from model.files import write_atomically
-from model.training.checkpoint import CheckpointError, load_checkpoint, load_training_state, save_checkpoint
+from model.training.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_training_state,
+    load_training_values,
+    save_checkpoint,
+)
 from model.training.distributed import Workers
 from model.training.metrics import LOG, METRICS, Metrics, finite
 from model.training.optimizer import MuonAdamW
@@ -312,7 +318,7 @@ class Trainer:
         """Have the best model that the metrics speak of in `out`; without it, the next evaluation chooses anew."""
         best = self.metrics.data["best"]
         try:
-            _, values = load_training_state(source)
+            values = load_training_values(source)
         except CheckpointError:
             values = {}
         if best is None or values.get("step") != best["step"]:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from model import AGIFormerConfig, CheckpointError, load_checkpoint, save_checkpoint
 from model.config import PRESETS
 from model.files import write_atomically
-from model.training.checkpoint import find_checkpoint, load_training_state
+from model.training.checkpoint import find_checkpoint, load_training_state, load_training_values
 from tests.conftest import make_random_model
 
 
@@ -38,6 +38,7 @@ def test_weights_buffers_config_and_training_state_go_round(model, tmp_path):
     tensors, values = load_training_state(path)
     assert torch.equal(tensors["optimizer.first"], moments["optimizer.first"])
     assert values == {"step": 7, "türkçe": "ığ"}
+    assert load_training_values(path) == values
 
 
 def test_the_file_is_plain_safetensors_with_its_shape_in_the_header(model, tmp_path):
