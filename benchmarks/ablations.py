@@ -4,11 +4,11 @@
     python benchmarks/ablations.py --only default,adamw-1e-3,no-thinking
 
 Every variant trains on the same bytes with the same seed. The table at the end has the BPC of every stage's validation
-split, whole, after the last stage, and the training speed. Each run's own files lie in a folder of its name in --out.
+split, whole, after the last stage; what the earlier stages' splits lost since their own stage; size, speed, and seconds
+of training, evaluations left out. Each run's own files lie in a folder of its name in --out.
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -51,9 +51,11 @@ def memory_only(model: AGIFormer) -> None:
 def random_outputs(model: AGIFormer) -> None:
     """Residual branches and output start random instead of zero."""
     layers = [model.reasoning.mlp.down, model.head.output]
-    layers += [layer for block in model.blocks for layer in (block.output, block.feedforward.down)]
+    layers += [block.output for block in model.blocks]
     for layer in layers:
         layer.weight.normal_(std=layer.in_features**-0.5)
+    for block in model.blocks:
+        block.hull.groups[0].down.normal_(std=model.config.ffn_dim**-0.5)
 
 
 def last_stage_alone(trainer: Trainer) -> None:
@@ -72,6 +74,13 @@ class Variant:
     model: Callable[[AGIFormer], None] = lambda model: None
     trainer: Callable[[Trainer], None] = lambda trainer: None
 
+
+# Plans of growth, for six blocks: at the ends of the first two stages of the default curriculum's 15 / 25 / 60%.
+FIRST, SECOND = 0.15, 0.40
+HALF_AND_HALF = "{first}:0+1+2,{second}:3+4+5"
+TWICE_PETALS = "{first}:petals,{second}:petals"
+PETALS_TWICE = tuple(f"petals {bob} {n}" for n in (2, 3) for bob in range(6))
+BLOCKS_THAWED = tuple(f"{change} {bob}" for change in ("grow", "thaw") for bob in range(6))
 
 VARIANTS = {
     "default": Variant(),
@@ -92,6 +101,20 @@ VARIANTS = {
     "attention-only": Variant(model=attention_only),
     "memory-only": Variant(model=memory_only),
     "last-stage-alone": Variant(trainer=last_stage_alone),
+    # hulls
+    "swiglu": Variant(config={"hull": "swiglu"}),
+    "8-petals": Variant(config={"petals": 8}),
+    # growth: twice, where the stages end, against the final size from the start
+    "petals-twice": Variant({"grow": TWICE_PETALS}),
+    "petals-from-the-start": Variant(config={"growth": PETALS_TWICE}),
+    "blocks-twice": Variant({"grow": HALF_AND_HALF}),
+    "blocks-twice-thawed": Variant({"grow": HALF_AND_HALF, "grow_left": "thawed"}),
+    "blocks-from-the-start": Variant(config={"growth": BLOCKS_THAWED}),
+    # freezing
+    "viscous": Variant({"viscosity": "resistance"}),
+    "viscous-ema": Variant({"viscosity": "ema"}),
+    "cryogenic": Variant({"freeze": "cryogenic"}),
+    "chrysalis": Variant({"freeze": "chrysalis"}),
 }
 
 
@@ -103,11 +126,15 @@ def run(name: str, arguments: argparse.Namespace, device: torch.device) -> list[
     )
     # Another batch size means as many more steps on the same bytes.
     steps = options.steps * options.batch_size // variant.options.get("batch_size", options.batch_size)
-    options = replace(options, steps=steps, eval_every=steps, save_every=steps)
+    changes = dict(variant.options)
+    if "grow" in changes:
+        changes["grow"] = changes["grow"].format(first=round(FIRST * steps), second=round(SECOND * steps))
+    every = max(1, steps // 10) if changes.get("freeze", "off") != "off" else steps
+    options = replace(options, steps=steps, eval_every=every, save_every=steps)
     prepare_folder(Path(arguments.out) / name)
     trainer = Trainer(
         replace(AGIFormerConfig.preset(arguments.preset).with_settings(arguments.set), **variant.config),
-        replace(options, **variant.options),
+        replace(options, **changes),
         variant.curriculum(load_curriculum(arguments.curriculum)),
         out=Path(arguments.out) / name,
         device=device,
@@ -116,9 +143,25 @@ def run(name: str, arguments: argparse.Namespace, device: torch.device) -> list[
     variant.model(trainer.model)
     variant.trainer(trainer)
     trainer.train()
-    bpc = trainer.metrics.data["retention"][-1]["bpc"]
-    speed = statistics.median(trainer.speeds) / 1e6
-    return [name, *(number(value) for value in bpc.values()), f"{speed:.3g}"]
+    retention = trainer.metrics.data["retention"]
+    end = retention[-1]["bpc"]
+    # What each stage but the last lost since its own end.
+    forgotten = [end[row["after"]] - row["bpc"][row["after"]] for row in retention[:-1]]
+    seconds = trainer.training_seconds
+    bytes_seen = sum(
+        (stage["end"] - stage["start"]) * stage["seq_len"] * options.batch_size
+        for stage in trainer.metrics.data["stages"]
+    )
+    solid = trainer.metrics.data["hulls"][-1].get("solid")
+    return [
+        name,
+        *(number(value) for value in end.values()),
+        *(f"{value:+.3f}" for value in forgotten),
+        f"{trainer.model.parameter_count() / 1e6:.1f}",
+        f"{bytes_seen / seconds / 1e6:.3g}",
+        f"{seconds:.1f}",
+        "" if solid is None else f"{solid}/{trainer.metrics.data['hulls'][-1]['total']}",
+    ]
 
 
 def main() -> int:
@@ -147,7 +190,8 @@ def run_all(names: list[str], arguments: argparse.Namespace) -> int:
         rows.append(run(name, arguments, device))
         print("  ".join(rows[-1]), file=sys.stderr, flush=True)
     stages = [stage.name for stage in load_curriculum(arguments.curriculum).stages]
-    print(text_table(["variant", *stages, "MB/s"], rows))
+    forgotten = [f"{stage} lost" for stage in stages[:-1]]
+    print(text_table(["variant", *stages, *forgotten, "M parameters", "MB/s", "seconds", "solid petals"], rows))
     return 0
 
 

@@ -8,7 +8,7 @@ Notable: the sequence of latents begins with a learned start latent, so that pos
 exactly the patches before patch i and predicts it. Nothing is padded or shifted inside the trunk.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +18,45 @@ from model.config import AGIFormerConfig
 from model.layers.block import BlockState, HybridBlock
 from model.layers.encoder import ByteLatentEncoder
 from model.layers.head import BEGIN, LocalAutoregressiveHead
+from model.layers.norm import rms_norm
+from model.layers.pyramid import Node, NodeState, depth, learning_leaves, leaves
 from model.layers.reasoning import RecurrentReasoningBlock
 
 
 @dataclass
 class TrunkState:
-    """What the blocks carry from patch to patch: one BlockState a block, and the number of positions read."""
+    """What the blocks carry from patch to patch: one state a block of blocks, and the number of positions read."""
 
-    blocks: list[BlockState]
+    blocks: list[BlockState | NodeState]
     position: int
 
     def clone(self) -> "TrunkState":
         return TrunkState([block.clone() for block in self.blocks], self.position)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the state."""
+        return [tensor for block in self.blocks for tensor in block.tensors()]
+
+
+class Column(nn.Module):
+    """Channels added to the latents by `widen`: a stack of blocks of its own beside the first one (seed 003).
+
+    The old channels never read the new ones, so that they stay what they were; every layer of a column reads the old
+    channels through a lateral projection (Rusu et al. 2016). Only the byte head joins them.
+    """
+
+    def __init__(self, width: int, config: AGIFormerConfig):
+        super().__init__()
+        self.width = width
+        n_heads = width // (config.d_model // config.n_heads)
+        self.start = nn.Parameter(torch.empty(width))
+        self.lateral = nn.ModuleList(nn.Linear(config.d_model, width, bias=False) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(HybridBlock(width, n_heads, config) for _ in range(config.n_layers))
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """The start latent, as large as the first one."""
+        nn.init.normal_(self.start)
 
 
 class AGIFormer(nn.Module):
@@ -43,15 +70,20 @@ class AGIFormer(nn.Module):
             D, config.byte_dim, config.patch_size, config.patch_overlap, D // config.n_heads, config.rope_base
         )
         self.start = nn.Parameter(torch.empty(D))
-        self.blocks = nn.ModuleList(
-            HybridBlock(D, config.n_heads, config.window, config.ffn_dim, config.memory_rule)
-            for _ in range(config.n_layers)
-        )
+        self.blocks = nn.ModuleList(HybridBlock(D, config.n_heads, config) for _ in range(config.n_layers))
+        self.columns = nn.ModuleList()
         self.reasoning = RecurrentReasoningBlock(D, config.reasoning_dim, config.thinking_steps)
         self.head = LocalAutoregressiveHead(D, config.head_dim)
         self.plasticity: Tensor
         self.register_buffer("plasticity", torch.tensor(float(config.plasticity)))
         initialise(self)
+        for change in config.growth:
+            self._change_shape(change)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """The start latent."""
+        nn.init.normal_(self.start)
 
     def set_plasticity(self, alpha: float) -> None:
         """Set α, the multiplier on every memory's decay, in [0, 1]; kept in checkpoints. No synchronisation."""
@@ -73,13 +105,13 @@ class AGIFormer(nn.Module):
         self._check_bytes(x)
         L, P = x.shape[1], self.config.patch_size
         T = -(-L // P)  # patches to predict; the last one may be partial and is never read
-        start = self.start.expand(x.shape[0], 1, -1)
+        latents = self.start_latents(x.shape[0])
         if T > 1:
             # Under autocast the encoder's output, and with it the residual stream, is half precision.
             rest = self.encoder(x[:, : (T - 1) * P])
-            start = torch.cat([start.to(rest.dtype), rest], 1)
-        z, _ = self.trunk(start)
-        z = self.reasoning(z, thinking_steps, halt_threshold)
+            latents = torch.cat([latents.to(rest.dtype), rest], 1)
+        z, _ = self.trunk(latents)
+        z = self.think(z, thinking_steps, halt_threshold)
         return self.head(z, self.previous_bytes(x)).flatten(1, 2)[:, :L]
 
     def loss(self, x: Tensor, *, thinking_steps: int | None = None) -> Tensor:
@@ -87,15 +119,43 @@ class AGIFormer(nn.Module):
         logits = self(x, thinking_steps=thinking_steps)
         return F.cross_entropy(logits.flatten(0, 1), x.flatten().long())
 
+    def start_latents(self, batch_size: int) -> Tensor:
+        """What stands before the first patch: [B, 1, D], the channels of added columns included."""
+        start = torch.cat([self.start, *(column.start for column in self.columns)]) if self.columns else self.start
+        return start.expand(batch_size, 1, -1)
+
     def trunk(self, latents: Tensor, state: TrunkState | None = None) -> tuple[Tensor, TrunkState]:
         """Run the blocks over latents [B, T, D] that follow `state` → [B, T, D] and the state after them."""
         offset = 0 if state is None else state.position
         phases = self.encoder.phases(latents.shape[1], offset, latents.device)
-        states = []
+        n = len(self.blocks)
+        states: list[BlockState | NodeState | None] = [None] * (n * (1 + len(self.columns)))
+
+        def run(block: nn.Module, x: Tensor, index: int) -> Tensor:
+            before = None if state is None else state.blocks[index]
+            x, states[index] = block(x, phases, self.plasticity, before)
+            return x
+
+        x, *added = self._split(latents)
         for i, block in enumerate(self.blocks):
-            latents, block_state = block(latents, phases, self.plasticity, None if state is None else state.blocks[i])
-            states.append(block_state)
-        return latents, TrunkState(states, offset + latents.shape[1])
+            x = run(block, x, i)
+            for j, column in enumerate(self.columns):
+                seen = added[j] + column.lateral[i](rms_norm(x))
+                added[j] = run(column.blocks[i], seen, (j + 1) * n + i)
+        z = torch.cat([x, *(part.to(x.dtype) for part in added)], -1) if added else x
+        return z, TrunkState(states, offset + latents.shape[1])
+
+    def think(self, z: Tensor, steps: int | None = None, halt_threshold: float | None = None) -> Tensor:
+        """The reasoning block on z [B, T, D]; it works on the first column's channels."""
+        first, *added = self._split(z)
+        first = self.reasoning(first, steps, halt_threshold)
+        return torch.cat([first, *added], -1) if added else first
+
+    def _split(self, z: Tensor) -> list[Tensor]:
+        """[B, T, D] by columns. Copies, so that a column's arithmetic is the same with and without neighbours."""
+        if not self.columns:
+            return [z]
+        return [part.contiguous() for part in z.split([self.config.d_model, *(c.width for c in self.columns)], -1)]
 
     def previous_bytes(self, x: Tensor, before: Tensor | None = None) -> Tensor:
         """The byte before each byte, by patch: x [B, L] → [B, ceil(L/P), P] int64.
@@ -107,6 +167,124 @@ class AGIFormer(nn.Module):
         before = torch.full_like(x[:, :1], BEGIN, dtype=torch.long) if before is None else before.long()
         shifted = torch.cat([before, x[:, :-1].long()], 1)
         return F.pad(shifted, (0, -x.shape[1] % P)).unflatten(1, (-1, P))
+
+    # ── growth ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def bobs(self) -> list[HybridBlock | Node]:
+        """The blocks of blocks, in the order of `grow`'s index: the stack, then those of added columns."""
+        return [*self.blocks, *(block for column in self.columns for block in column.blocks)]
+
+    @property
+    def width(self) -> int:
+        """Channels of a latent: `config.d_model` and those of added columns."""
+        return self.config.d_model + sum(column.width for column in self.columns)
+
+    def grow(self, bob: int | None = None) -> None:
+        """Double a block of blocks (index in the stack; all when None): depth k becomes k + 1 (DESIGN: Pyramid).
+
+        Today's tree becomes the left child, frozen; a fresh tree of its depth is the right one. Logits do not change in
+        the last bit. An optimizer has to be told: see `MuonAdamW.rebuild`.
+        """
+        for i in self._chosen(bob):
+            self._record(f"grow {i}")
+
+    def thaw(self, bob: int | None = None) -> None:
+        """Let the frozen left trees of a block of blocks (all when None) learn again."""
+        for i in self._chosen(bob):
+            self._record(f"thaw {i}")
+
+    def add_petals(self, bob: int | None = None, n: int = 1) -> None:
+        """Add n petals to the hull of every leaf that learns in a block of blocks (all when None). Exact, as `grow`."""
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n={n!r}: accepted is an integer ≥ 1")
+        for i in self._chosen(bob):
+            self._record(f"petals {i} {n}")
+
+    def widen(self, d_model: int) -> None:
+        """Give the latents `d_model` channels in all, in place: a new column owns the new ones. Exact, as `grow`.
+
+        The width that is added has to be a multiple of a head's, d_model / n_heads of the first column.
+        """
+        self._check_width(d_model)
+        self._record(f"widen {d_model}")
+
+    def _check_width(self, d_model: int) -> None:
+        E = self.config.d_model // self.config.n_heads
+        if isinstance(d_model, bool) or not isinstance(d_model, int) or d_model <= self.width or d_model % E:
+            raise ValueError(f"d_model={d_model!r}: accepted is a multiple of {E} greater than {self.width}")
+
+    @torch.no_grad()
+    def remember(self, x: Tensor) -> None:
+        """Show the routers bytes x [B, L] of what the model knows, straight after `grow`."""
+        routers = [module.router for module in self.modules() if isinstance(module, Node) and not module.router.old_mean.any()]
+        for router in routers:
+            router.remembering = True
+        training = self.training
+        self.eval()(x)
+        self.train(training)
+        for router in routers:
+            router.remembering = False
+
+    def _chosen(self, bob: int | None) -> range | list[int]:
+        count = len(self.bobs())
+        if bob is None:
+            return range(count)
+        if isinstance(bob, bool) or not isinstance(bob, int) or not 0 <= bob < count:
+            raise ValueError(f"bob={bob!r}: accepted is an index from 0 to {count - 1}, or None for all")
+        return [bob]
+
+    def _record(self, change: str) -> None:
+        self._change_shape(change)
+        self.config = replace(self.config, growth=(*self.config.growth, change))
+
+    def _change_shape(self, change: str) -> None:
+        """Carry out one entry of `config.growth`."""
+        kind, *numbers = change.split()
+        first, *rest = (int(number) for number in numbers)
+        if kind == "widen":
+            self._check_width(first)
+            self._add_column(first - self.width)
+            return
+        if first >= len(self.bobs()):
+            raise ValueError(f"growth {change!r}: accepted are BoBs from 0 to {len(self.bobs()) - 1}")
+        bob = self.bobs()[first]
+        if kind == "grow":
+            width = next(leaves(bob)).output.out_features
+            node = self._node(bob, self._fresh_tree(width, depth(bob)), width)
+            column, i = divmod(first, len(self.blocks))
+            (self.columns[column - 1].blocks if column else self.blocks)[i] = node
+        elif kind == "thaw":
+            if isinstance(bob, Node):
+                bob.thaw()
+        else:
+            for leaf in learning_leaves(bob):
+                leaf.hull.add_petals(*rest)
+
+    def _fresh_tree(self, width: int, levels: int) -> HybridBlock | Node:
+        if levels:
+            tree = self._node(self._fresh_tree(width, levels - 1), self._fresh_tree(width, levels - 1), width)
+            tree.thaw()
+            return tree
+        leaf = HybridBlock(width, width * self.config.n_heads // self.config.d_model, self.config)
+        initialise(leaf)
+        return leaf.to(self.start)
+
+    def _node(self, left: HybridBlock | Node, right: HybridBlock | Node, width: int) -> Node:
+        node = Node(left, right, width, width * self.config.n_heads // self.config.d_model, self.config.window)
+        for part in (node.projector, node.router, node.mixer, node.attention, node.gate):
+            initialise(part)
+        node.reset()
+        return node.to(self.start).train(self.training)
+
+    def _add_column(self, width: int) -> None:
+        column = Column(width, self.config)
+        initialise(column)
+        self.columns.append(column.to(self.start).train(self.training))
+        self.encoder.add_column(width)
+        initialise(self.encoder.columns[-1])
+        self.head.add_column(width)
+        for columns in (self.encoder.columns, self.head.columns):
+            columns.to(self.start).train(self.training)
 
     @staticmethod
     def _check_bytes(x: Tensor) -> None:
@@ -122,24 +300,15 @@ class AGIFormer(nn.Module):
 
 
 @torch.no_grad()
-def initialise(model: AGIFormer) -> None:
+def initialise(module: nn.Module) -> None:
     """Unit-variance features, and every residual branch and the output start at zero (docs/results.md says why)."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                module.bias.zero_()
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight)
-    nn.init.normal_(model.start)
-    for block in model.blocks:
-        block.output.weight.zero_()
-        block.feedforward.down.weight.zero_()
-        block.gate.weight.zero_()
-        block.memory.reset_gates()
-    model.reasoning.mlp.down.weight.zero_()
-    model.reasoning.gate.weight.zero_()
-    model.reasoning.halt.weight.zero_()
-    model.reasoning.halt.bias.fill_(model.reasoning.HALT_BIAS)
-    model.head.output.weight.zero_()
-    model.head.bytes.weight.mul_(0.5)
+    for each in module.modules():
+        if isinstance(each, nn.Linear):
+            nn.init.normal_(each.weight, std=each.in_features**-0.5)
+            if each.bias is not None:
+                each.bias.zero_()
+        elif isinstance(each, nn.Embedding):
+            nn.init.normal_(each.weight)
+    for each in module.modules():
+        if hasattr(each, "reset"):
+            each.reset()

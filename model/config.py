@@ -3,10 +3,14 @@
 `AGIFormerConfig.preset("small")` is how to get one; `dataclasses.replace` or `--set field=value` changes it.
 """
 
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 MEMORY_RULES = ("hebbian", "delta")
+HULLS = ("convex", "swiglu")
+# One entry of `growth` for each change of shape since the model was made, in order.
+GROWTH = re.compile(r"(grow|thaw) \d+|petals \d+ [1-9]\d*|widen [1-9]\d*")
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,16 @@ class AGIFormerConfig:
     patch_overlap: int = 2  # bytes of the previous patch that a patch also sees
     byte_dim: int = 256  # width of the encoder's byte embedding
     window: int = 128  # patches that attention sees, its own included
-    ffn_dim: int = 2048  # hidden units of a block's feed-forward layer
+    hull: str = "convex"  # kind of the petals of a block's feed-forward layer: "convex" or "swiglu"
+    petals: int = 4  # petals of a hull
+    ffn_dim: int = 2048  # size of a hull: it has the weights of a two-matrix layer with so many hidden units
     memory_rule: str = "hebbian"  # how the fast weights are written: "hebbian" or "delta"
     thinking_steps: int = 3  # K: passes of the reasoning block; can be set per call
     reasoning_dim: int = 2048  # hidden units of the reasoning block's MLP
     head_dim: int = 512  # width of the GRU that writes the bytes of a patch
     rope_base: float = 10_000.0  # wavelength scale of the rotary phases, in patches
     plasticity: float = 0.99  # α before a curriculum sets it
+    growth: tuple[str, ...] = ()  # what grew since: "grow BOB", "thaw BOB", "petals BOB N", "widen D", in order
 
     def __post_init__(self) -> None:
         for name, low, high in _INTEGER_RANGES:
@@ -43,6 +50,12 @@ class AGIFormerConfig:
                 raise ValueError(f"{name}={value!r}: accepted is a number from {low} to {high}")
         if self.memory_rule not in MEMORY_RULES:
             raise ValueError(f"memory_rule={self.memory_rule!r}: accepted are {', '.join(MEMORY_RULES)}")
+        if self.hull not in HULLS:
+            raise ValueError(f"hull={self.hull!r}: accepted are {', '.join(HULLS)}")
+        object.__setattr__(self, "growth", tuple(self.growth))  # JSON has lists
+        for change in self.growth:
+            if not isinstance(change, str) or not GROWTH.fullmatch(change):
+                raise ValueError(f"growth {change!r}: accepted are grow BOB, thaw BOB, petals BOB N, widen D_MODEL")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(
                 f"d_model={self.d_model}: accepted is a multiple of 2 · n_heads = {2 * self.n_heads}, "
@@ -60,7 +73,7 @@ class AGIFormerConfig:
 
     def with_settings(self, settings: list[str]) -> "AGIFormerConfig":
         """A copy changed by `field=value` strings, as `--set` takes them."""
-        types = {field.name: type(getattr(self, field.name)) for field in fields(self)}
+        types = {field.name: type(getattr(self, field.name)) for field in fields(self) if field.name != "growth"}
         changes = {}
         for setting in settings:
             name, equals, text = setting.partition("=")
@@ -74,7 +87,7 @@ class AGIFormerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for checkpoints."""
-        return asdict(self)
+        return asdict(self) | {"growth": list(self.growth)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AGIFormerConfig":
@@ -93,6 +106,7 @@ _INTEGER_RANGES = (
     ("patch_overlap", 0, 64),
     ("byte_dim", 4, 8192),
     ("window", 1, 65536),
+    ("petals", 1, 4096),
     ("ffn_dim", 1, 131072),
     ("thinking_steps", 0, 64),
     ("reasoning_dim", 1, 131072),

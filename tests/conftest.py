@@ -1,7 +1,13 @@
 """Fixtures for all tests: tiny models whose every weight matters, one thread, and no cache but the test's own."""
 
+import os
+
 import pytest
 import torch
+
+# Without a card Triton's kernels are tested in its interpreter, which has to be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from model import AGIFormer, AGIFormerConfig
 
@@ -21,14 +27,22 @@ def one_thread():
 
 
 def make_random_model(seed: int = 5, **changes) -> AGIFormer:
-    """A new model's residual branches and output are zero: here every matrix is drawn, so that all parts count."""
+    """A new model's residual branches, gates and output are zero: here all are drawn, so that all parts count.
+
+    A grown one is made with `growth=(...)`: what grew is drawn too.
+    """
     model = AGIFormer(AGIFormerConfig(**(TINY | changes)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
-        model.start.normal_(generator=generator)
+        for name, parameter in model.named_parameters():
+            if name.endswith("down"):  # [petals, width, D]: all petals are summed
+                parameter.normal_(std=parameter[..., 0].numel() ** -0.5, generator=generator)
+            elif parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+            elif name.endswith("start"):
+                parameter.normal_(generator=generator)
+            elif name.endswith("amount"):  # of a mixer, in [0, 1]
+                parameter.uniform_(0.2, 0.8, generator=generator)
     return model.eval()
 
 

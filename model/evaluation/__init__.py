@@ -4,6 +4,7 @@ Nothing here trains, and nothing here imports the trainer: `docs/diagnostics.md`
 """
 
 from model.evaluation.bpc import BPCResult, bits_per_byte
+from model.evaluation.convexity import convexity_gap, hull_radii
 from model.evaluation.plots import plot_curriculum
 from model.evaluation.reasoning import ReasoningReport, measure_reasoning
 from model.evaluation.recall import RecallReport, needle_accuracy
@@ -15,6 +16,8 @@ __all__ = [
     "RecallReport",
     "Retention",
     "bits_per_byte",
+    "convexity_gap",
+    "hull_radii",
     "measure_reasoning",
     "needle_accuracy",
     "plot_curriculum",

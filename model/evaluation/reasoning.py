@@ -151,20 +151,25 @@ def measure_reasoning(
 def thinking_trace(model: AGIFormer, x: Tensor, steps: int) -> Iterator[ThinkingStep]:
     """The loop on bytes x [B, L] after 0, 1, … `steps` steps; `logits` of step k are `model(x, thinking_steps=k)`."""
     latents: list[Tensor] = []
-    # What enters the loop is caught at its door, so that this stays right however the trunk before it changes.
-    hook = model.reasoning.register_forward_pre_hook(lambda module, inputs: latents.append(inputs[0]))
+    # What enters the loop is caught at its door, so that this stays right however the trunk before it changes; and
+    # what enters the head at that door, for the channels that pass the loop by.
+    hooks = [
+        module.register_forward_pre_hook(lambda module, inputs: latents.append(inputs[0]))
+        for module in (model.reasoning, model.head)
+    ]
     try:
         logits = model(x, thinking_steps=0)
     finally:
-        hook.remove()
-    z = latents[0]
+        for hook in hooks:
+            hook.remove()
+    z, rest = latents[0], latents[1][..., latents[0].shape[-1] :]
     yield ThinkingStep(z, logits)
     previous = model.previous_bytes(x)
     for _ in range(steps):
         gate = model.reasoning.gate(rms_norm(z)).sigmoid()
         delta, p_halt = model.reasoning.step(z)
         z = z + delta
-        yield ThinkingStep(z, model.head(z, previous).flatten(1, 2)[:, : x.shape[1]], delta, p_halt, gate)
+        yield ThinkingStep(z, model.head(torch.cat([z, rest], -1), previous).flatten(1, 2)[:, : x.shape[1]], delta, p_halt, gate)
 
 
 def judge(steps: list[StepReport], thinking_steps: int) -> tuple[str, str]:

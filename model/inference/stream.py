@@ -39,12 +39,13 @@ class ByteStream:
         self.halt_threshold = halt_threshold
         self.device = model.start.device
         self.position = 0  # bytes read
+        self._growth = model.config.growth
         self._trunk: TrunkState | None = None
         self._tail: Tensor | None = None  # [B, overlap] last bytes before the open patch
         self._boundary = torch.full((batch_size, 1), BEGIN, device=self.device)  # the byte before the open patch
         self._open = torch.empty(batch_size, 0, dtype=torch.long, device=self.device)
         with torch.no_grad():
-            self._begin_patch(self._advance(model.start.expand(batch_size, 1, -1))[:, -1])
+            self._begin_patch(self._advance(model.start_latents(batch_size))[:, -1])
 
     @torch.no_grad()
     def feed(self, x: Tensor) -> "ByteStream":
@@ -72,8 +73,7 @@ class ByteStream:
     def state_bytes(self) -> int:
         """Size of the state in bytes."""
         tensors = [self._tail, self._boundary, self._open, self._latent, self._hidden, self._conditioned]
-        for block in self._trunk.blocks:
-            tensors += [block.attention.k, block.attention.v, block.memory.M, block.memory.z]
+        tensors += self._trunk.tensors()
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def _check(self, x: Tensor) -> Tensor:
@@ -85,10 +85,12 @@ class ByteStream:
 
     def _advance(self, latents: Tensor) -> Tensor:
         """Latents [B, T, D] through trunk and reasoning, carrying the state."""
+        if self.model.config.growth != self._growth:
+            raise ValueError("ByteStream: its model has grown since it began; accepted is a new stream, fed again")
         z, state = self.model.trunk(latents, self._trunk)
         # The window caches are views of all keys of the piece: a copy lets go of what has left the window.
         self._trunk = state.clone() if latents.shape[1] > 1 else state
-        return self.model.reasoning(z, self.thinking_steps, self.halt_threshold)
+        return self.model.think(z, self.thinking_steps, self.halt_threshold)
 
     def _begin_patch(self, latent: Tensor) -> None:
         """Open the patch that `latent` [B, D] predicts; `_hidden` always holds what predicts the next byte."""

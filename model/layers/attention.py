@@ -20,21 +20,26 @@ class AttentionState:
     def clone(self) -> "AttentionState":
         return AttentionState(self.k.clone(), self.v.clone())
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the state."""
+        return [self.k, self.v]
+
 
 class WindowAttention(nn.Module):
     """Causal attention over the last `window` patches, with rotary phases and normalised queries and keys.
 
-    The output projection is the block's, shared with the fast weights: here [B, T, D] → [B, T, D] are the heads.
+    The output projection is the caller's (a block shares it with the fast weights): here [B, T, D] → [B, T, D] are the
+    heads. `inputs` is the width of what is read where that is not D.
     """
 
-    def __init__(self, d_model: int, n_heads: int, window: int):
+    def __init__(self, d_model: int, n_heads: int, window: int, inputs: int | None = None):
         super().__init__()
         self.n_heads = n_heads
         self.window = window
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.qkv = nn.Linear(inputs or d_model, 3 * d_model, bias=False)
 
     def forward(self, x: Tensor, phases: Phases, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
-        """x [B, T, D], phases of its T positions, and the state before it → heads [B, T, D], the state after it."""
+        """x [B, T, inputs], phases of its T positions, the state before it → heads [B, T, D], the state after it."""
         queries_keys, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).movedim(2, 0).split((2, 1))
         # Normalised queries and keys keep the logits bounded at high learning rates (Henry et al. 2020).
         q, k = rotate(rms_norm(queries_keys), phases)

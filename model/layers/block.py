@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.config import AGIFormerConfig
 from model.layers.attention import AttentionState, WindowAttention
-from model.layers.feedforward import FeedForward
+from model.layers.hull import HullLayer
 from model.layers.memory import HebbianMemory, MemoryState
 from model.layers.norm import NORM_EPS, rms_norm
 from model.layers.rotary import Phases
@@ -22,6 +23,10 @@ class BlockState:
     def clone(self) -> "BlockState":
         return BlockState(self.attention.clone(), self.memory.clone())
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the state."""
+        return [*self.attention.tensors(), *self.memory.tensors()]
+
 
 # A delta-rule read is nearly zero where nothing was found. Blown up to full size it would be rounding noise, which
 # shows as a difference of 1e-4 between streaming and the full forward. A Hebbian read is an average of values.
@@ -29,21 +34,31 @@ DELTA_RECALL_EPS = 1e-3
 
 
 class HybridBlock(nn.Module):
-    """x + fuse(attention, memory), then + feed-forward; pre-norm (DESIGN: HybridBlock).
+    """x + fuse(attention, memory), then + hull; pre-norm (DESIGN: HybridBlock).
 
     Both mixers' heads are normalised to the same size, gated per channel by γ = sigmoid(W norm(x) + b), and share one
     output projection: γ ⊙ attention + (1 − γ) ⊙ memory (parallel heads as in Dong et al. 2024, with a gate).
     """
 
-    def __init__(self, d_model: int, n_heads: int, window: int, ffn_dim: int, memory_rule: str):
+    def __init__(self, d_model: int, n_heads: int, config: AGIFormerConfig):
         super().__init__()
+        window, memory_rule = config.window, config.memory_rule
         self.n_heads = n_heads
         self.recall_eps = DELTA_RECALL_EPS if memory_rule == "delta" else NORM_EPS
         self.attention = WindowAttention(d_model, n_heads, window)
         self.memory = HebbianMemory(d_model, n_heads, memory_rule)
         self.gate = nn.Linear(d_model, d_model)
         self.output = nn.Linear(d_model, d_model, bias=False)
-        self.feedforward = FeedForward(d_model, ffn_dim)
+        # A narrower block of an added column has a narrower hull.
+        budget = max(1, config.ffn_dim * d_model // config.d_model)
+        self.hull = HullLayer(d_model, config.petals, budget, config.hull)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Nothing is added to the residual stream yet; an even gate; the memory's range of lengths."""
+        self.output.weight.zero_()
+        self.gate.weight.zero_()
+        self.memory.reset_gates()
 
     def forward(
         self, x: Tensor, phases: Phases, plasticity: Tensor, state: BlockState | None = None
@@ -53,7 +68,7 @@ class HybridBlock(nn.Module):
         attended, attention_state = self.attention(mixed, phases, None if state is None else state.attention)
         recalled, memory_state = self.memory(mixed, plasticity, None if state is None else state.memory)
         x = x + self.output(self.fuse(mixed, attended, recalled))
-        x = x + self.feedforward(rms_norm(x))
+        x = x + self.hull(rms_norm(x))
         return x, BlockState(attention_state, memory_state)
 
     def fuse(self, x: Tensor, attended: Tensor, recalled: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class ByteLatentEncoder(nn.Module):
         self.overlap = overlap
         self.embedding = nn.Embedding(256, byte_dim)
         self.projection = nn.Linear((patch_size + overlap) * byte_dim, d_model, bias=False)
+        self.columns = nn.ModuleList()  # projections to the channels of added columns
         self.rotary = Rotary(head_width, rope_base)
 
     def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
@@ -30,7 +31,7 @@ class ByteLatentEncoder(nn.Module):
             previous: [B, overlap] the bytes before x, or None at the start of the text.
 
         Returns:
-            [B, T, D].
+            [B, T, D], and behind D the channels of added columns.
         """
         if previous is None:
             embedded = F.pad(self.embedding(x.long()), (0, 0, self.overlap, 0))
@@ -38,7 +39,15 @@ class ByteLatentEncoder(nn.Module):
             embedded = self.embedding(torch.cat([previous, x], 1).long())
         # unfold is a view: [B, T, byte_dim, P + overlap] over the overlapping patches.
         patches = embedded.unfold(1, self.patch_size + self.overlap, self.patch_size)
-        return self.projection(patches.transpose(-1, -2).flatten(2))
+        patches = patches.transpose(-1, -2).flatten(2)
+        latents = self.projection(patches)
+        if self.columns:
+            latents = torch.cat([latents, *(column(patches) for column in self.columns)], -1)
+        return latents
+
+    def add_column(self, width: int) -> None:
+        """Project every patch to `width` more channels, behind those that are there."""
+        self.columns.append(nn.Linear(self.projection.in_features, width, bias=False))
 
     def phases(self, T: int, offset: int, device: torch.device) -> Phases:
         """Rotary phases of patch positions offset … offset + T − 1: (cos, sin), each [T, 1, E / 2]."""

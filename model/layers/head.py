@@ -24,11 +24,30 @@ class LocalAutoregressiveHead(nn.Module):
         self.bytes = nn.Embedding(257, 3 * head_dim)  # previous byte → the same inputs
         self.recurrent = nn.Linear(head_dim, 3 * head_dim)
         self.output = nn.Linear(head_dim, 256)
+        self.d_model = d_model
+        self.columns = nn.ModuleList()  # what reads the channels of added columns: `add_column`
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Uniform predictions."""
+        self.output.weight.zero_()
+        self.bytes.weight.mul_(0.5)
+
+    def add_column(self, width: int) -> None:
+        """Read `width` more channels of the latent, through weights that start at exactly 0."""
+        column = nn.Linear(width, self.initial.out_features + self.condition.out_features, bias=False)
+        column.weight.data.zero_()
+        self.columns.append(column)
 
     def begin(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """latent [..., D] → (hidden [..., head_dim], inputs from the latent [..., 3·head_dim])."""
-        latent = rms_norm(latent)
-        return self.initial(latent).tanh(), self.condition(latent)
+        widths = [self.d_model, *(column.in_features for column in self.columns)]
+        latent, *added = (rms_norm(part.contiguous()) for part in latent.split(widths, -1))
+        initial, conditioned = self.initial(latent), self.condition(latent)
+        for column, part in zip(self.columns, added):
+            more = column(part).split((initial.shape[-1], conditioned.shape[-1]), -1)
+            initial, conditioned = initial + more[0], conditioned + more[1]
+        return initial.tanh(), conditioned
 
     def step(self, previous: Tensor, hidden: Tensor, conditioned: Tensor) -> Tensor:
         """Read one byte: previous [...] in 0…256, hidden [..., head_dim] → the next hidden."""

@@ -21,6 +21,10 @@ class MemoryState:
     def clone(self) -> "MemoryState":
         return MemoryState(self.M.clone(), self.z.clone())
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the state."""
+        return [self.M, self.z]
+
 
 class HebbianMemory(nn.Module):
     """Per-head fast weights with a learned decay, scaled by the curriculum's plasticity α (DESIGN: HebbianMemory).

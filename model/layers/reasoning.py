@@ -1,5 +1,6 @@
 """RecurrentReasoningBlock: the same small network applied to a latent several times (System 2)."""
 
+import torch
 from torch import Tensor, nn
 
 from model.layers.feedforward import FeedForward
@@ -20,6 +21,14 @@ class RecurrentReasoningBlock(nn.Module):
         self.gate = nn.Linear(d_model, d_model)
         self.halt = nn.Linear(d_model, 1)
         self.mlp = FeedForward(d_model, hidden)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """A step changes nothing yet; its gates are even; thinking is switched on."""
+        self.mlp.down.weight.zero_()
+        self.gate.weight.zero_()
+        self.halt.weight.zero_()
+        self.halt.bias.fill_(self.HALT_BIAS)
 
     def step(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """One thinking step: z [B, T, D] → Δz [B, T, D] and p_halt [B, T, 1]."""

@@ -4,6 +4,9 @@ All parameters are views of one flat tensor, and so are their gradients. Element
 kernels however many parameters there are, matrices of one shape are one batch for Muon, and clipping, unscaling, the
 non-finite check and a gradient all-reduce are one operation each. Every decision is a device tensor: the step can be
 captured in a CUDA graph.
+
+Notable: every region first writes its update for a learning rate of 1, and one line moves all weights. In between a
+viscoelastic state may damp the updates weight by weight, and petals that have set theirs petal by petal.
 """
 
 from dataclasses import dataclass
@@ -11,15 +14,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.layers.hull import CHRYSALIS, CRYOGENIC
+from model.petals.crystallization import petal_groups
+from model.petals.viscoelastic import ViscoelasticOptions, Viscosity
+
 OPTIMIZERS = ("muon", "adamw")
 
 # Quintic Newton–Schulz coefficients that push all singular values towards 1 in five steps (Jordan et al. 2024).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+# Root mean square of an update for a learning rate of 1: what is typical of AdamW (Liu et al. 2025).
+UPDATE_SIZE = 0.2
 # Weights that hold three matrices on top of each other; Muon treats each alone.
 STACKED = {"qkv": 3, "condition": 3, "recurrent": 3}
 # Small, sparse or output-facing matrices: AdamW's job in Muon training.
-ADAMW_ONLY = ("embedding", "head.bytes", "head.output", "memory.gates", "halt")
+ADAMW_ONLY = ("embedding", "head.bytes", "head.output", "memory.gates", "halt", "router", "mixer")
 
 
 @dataclass(frozen=True)
@@ -34,12 +43,14 @@ class Region:
 
 def region_key(name: str, parameter: nn.Parameter, optimizer: str) -> tuple:
     """How a parameter is updated: ("muon", rows, columns), ("decayed",) or ("plain",)."""
-    if parameter.dim() < 2:
+    if parameter.dim() < 2 or name.endswith(".bias"):
         return ("plain",)
     if optimizer == "adamw":
         return ("decayed",)
     if any(part in name for part in ADAMW_ONLY):
         return ("plain",)
+    if parameter.dim() == 3:  # one matrix a petal
+        return ("muon", parameter.shape[1], parameter.shape[2])
     pieces = STACKED.get(name.split(".")[-2], 1)
     return ("muon", parameter.shape[0] // pieces, parameter.shape[1])
 
@@ -52,6 +63,10 @@ class MuonAdamW:
 
     Works with `torch.amp.GradScaler` without synchronising. A step with `found_inf` > 0 leaves parameters, moments and
     step count exactly as they were.
+
+    Args:
+        viscosity: damp every weight by its resistance and temperature (docs/petals.md); None for plain updates.
+        divider: how much smaller the steps of a petal with status "cryogenic" are; None where no petal ever sets.
 
     Attributes:
         lr: device scalar; set it with `set_lr`.
@@ -73,22 +88,57 @@ class MuonAdamW:
         momentum: float = 0.95,
         eps: float = 1e-10,
         weight_decay: float = 0.1,
+        viscosity: ViscoelasticOptions | None = None,
+        divider: float | None = None,
     ):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={optimizer!r}: accepted are {', '.join(OPTIMIZERS)}")
         self.betas, self.momentum, self.eps, self.weight_decay = betas, momentum, eps, weight_decay
-        self._lay_out(model, optimizer)
-        device = self.values.device
+        self.kind, self.viscoelastic, self.divider = optimizer, viscosity, divider
+        device = next(model.parameters()).device
         self.lr = torch.tensor(float(lr), device=device)
         self.steps = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
-        self.first = torch.zeros_like(self.values)  # momentum
-        self.second = torch.zeros_like(self.values[self._adam_start :])  # mean square, AdamW's part only
-        self.param_groups = [{"params": [self.values], "lr": self.lr}]
+        self._lay_out(model)
 
     @torch.no_grad()
-    def _lay_out(self, model: nn.Module, optimizer: str) -> None:
-        """Move all parameters and gradients into flat buffers, Muon's matrices first, by shape."""
+    def rebuild(self, model: nn.Module) -> None:
+        """Lay out the parameters anew after `model` has grown, or some of them have been frozen or thawed.
+
+        Parameters that were there keep their state; new ones begin with none. What is frozen leaves, state and all.
+        The buffers are new: a captured step has to be captured again.
+        """
+        before = {id(self._parameters[name]): span for name, (span, _) in self.views.items()}
+        old, old_start = self._state_tensors(), self._adam_start
+        scalars = self.viscosity.scalars() if self.viscosity else {}
+        self._lay_out(model)
+        for name, (span, _) in self.views.items():
+            source = before.get(id(self._parameters[name]))
+            if source is None:
+                continue
+            for kind, tensor in self._state_tensors().items():
+                if kind == "second":
+                    if span.start >= self._adam_start:
+                        moved = slice(source.start - old_start, source.stop - old_start)
+                        tensor[span.start - self._adam_start : span.stop - self._adam_start] = old[kind][moved]
+                else:
+                    tensor[span] = old[kind][source]
+        for name, value in scalars.items():
+            self.viscosity.scalars()[name].copy_(value)
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        """The flat state tensors by short name; one value a weight, "second" of AdamW's part only."""
+        state = {"first": self.first, "second": self.second}
+        return state | (self.viscosity.tensors() if self.viscosity else {})
+
+    @torch.no_grad()
+    def _lay_out(self, model: nn.Module) -> None:
+        """Move all parameters and gradients into flat buffers, Muon's matrices first, by shape; make fresh state."""
+        optimizer = self.kind
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                # Perhaps a view of an earlier buffer, which it would keep in memory.
+                parameter.data, parameter.grad = parameter.data.clone(), None
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         keyed = [(region_key(name, p, optimizer), name, p) for name, p in named]
         order = {kind: i for i, kind in enumerate(("muon", "decayed", "plain"))}
@@ -98,6 +148,7 @@ class MuonAdamW:
         self.values = torch.empty(total, device=device)
         self.values.grad = torch.zeros(total, device=device)
         self.views: dict[str, tuple[slice, torch.Size]] = {}
+        self._parameters = dict(named)
         self.regions: list[Region] = []
         position = 0
         for key in dict.fromkeys(item[0] for item in keyed):
@@ -112,6 +163,36 @@ class MuonAdamW:
             matrices = ((position - start) // (key[1] * key[2]), *key[1:]) if key[0] == "muon" else None
             self.regions.append(Region(key[0], start, position, matrices))
         self._adam_start = next((r.start for r in self.regions if r.kind != "muon"), total)
+        self.first = torch.zeros_like(self.values)  # momentum
+        self.second = torch.zeros_like(self.values[self._adam_start :])  # mean square, AdamW's part only
+        self.viscosity = Viscosity(total, self.viscoelastic, device) if self.viscoelastic else None
+        self.param_groups = [{"params": [self.values], "lr": self.lr}]
+        self._petals: list[tuple[slice, int, Tensor]] = []
+        self._groups = []
+        if self.divider is not None:
+            spans = {id(self._parameters[name]): span for name, (span, _) in self.views.items()}
+            for group in petal_groups(model).values():
+                factor = torch.ones(group.petals, device=device)
+                owned = [spans[id(p)] for p in group.petal_parameters().values() if id(p) in spans]
+                self._petals += [(span, group.petals, factor) for span in owned]
+                self._groups.append((group, factor))
+            self.set_petals()
+
+    def set_petals(self) -> None:
+        """Take over what the petals' statuses say: solid ones move `divider` times less, those in chrysalis not."""
+        for group, factor in self._groups:
+            factor.fill_(1.0)
+            factor[group.status == CRYOGENIC] = 1 / self.divider
+            factor[group.status == CHRYSALIS] = 0.0
+
+    def mobility(self, parameter: nn.Parameter) -> Tensor:
+        """T / (1 + R) of every weight of a parameter, in its shape, float32 (docs/petals.md); 1 without viscosity."""
+        span, shape = next(
+            (span, shape) for name, (span, shape) in self.views.items() if self._parameters[name] is parameter
+        )
+        if self.viscosity is None:
+            return torch.ones(shape, device=self.values.device)
+        return self.viscosity.mobility(span.start, span.stop).view(shape)
 
     @property
     def grads(self) -> Tensor:
@@ -147,42 +228,47 @@ class MuonAdamW:
         self.steps += ok
         # The gradients of a skipped step become 0 and all rates below become 0: nothing moves, exactly.
         g = torch.where(ok > 0, self.grads, 0.0).mul_(factor)
-        lr = self.lr * ok
         for region in self.regions:
             span = slice(region.start, region.stop)
             values, grads, first = self.values[span], g[span], self.first[span]
             if region.kind == "muon":
                 first.lerp_(grads, (1 - self.momentum) * ok)
-                update = grads.lerp_(first, self.momentum)  # Nesterov
+                update = torch.lerp(grads, first, self.momentum)  # Nesterov
                 update = orthogonalise(update.view(region.matrices)).flatten()
-                scale = 0.2 * max(region.matrices[1:]) ** 0.5
-                update = torch.add(update, values, alpha=self.weight_decay / scale)
-                values.addcmul_(update, lr * -scale)
+                torch.mul(update, UPDATE_SIZE * max(region.matrices[1:]) ** 0.5, out=grads)
             else:
                 second = self.second[region.start - self._adam_start : region.stop - self._adam_start]
-                decay = self.weight_decay if region.kind == "decayed" else 0.0
-                self._adamw(values, grads, first, second, lr, ok, decay)
+                self._adamw(grads, first, second, ok)
+            if region.kind != "plain" and self.weight_decay:
+                grads.add_(values, alpha=self.weight_decay)
+        if self.viscosity is not None:
+            self.viscosity.damp_(g, ok)
+        for span, petals, factor in self._petals:
+            g[span].view(petals, -1).mul_(factor.unsqueeze(1))
+        self.values.addcmul_(g, self.lr * -ok)
         self.found_inf = self.clip_factor = None
 
-    def _adamw(self, values, grads, first, second, lr, ok, decay) -> None:
+    def _adamw(self, grads: Tensor, first: Tensor, second: Tensor, ok: Tensor) -> None:
+        """Replace the gradients by AdamW's update, without weight decay."""
         beta1, beta2 = self.betas
         first.lerp_(grads, (1 - beta1) * ok)
-        second.lerp_(grads.square_(), (1 - beta2) * ok)
+        second.lerp_(grads.square(), (1 - beta2) * ok)
         step = self.steps.clamp(min=1.0)
         size = (second / (1 - beta2**step)).sqrt_().add_(self.eps)
-        update = (first / (1 - beta1**step)).div_(size)
-        if decay:
-            update.add_(values, alpha=decay)
-        values.addcmul_(update, -lr)
+        torch.div(first / (1 - beta1**step), size, out=grads)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that changes in training besides the parameters, by name, for a checkpoint."""
         state = {"optimizer.steps": self.steps, "optimizer.skipped": self.skipped}
+        if self.viscosity is not None:
+            state |= {f"optimizer.{name}": value for name, value in self.viscosity.scalars().items()}
         for name, (span, shape) in self.views.items():
-            state[f"optimizer.first.{name}"] = self.first[span].view(shape)
-            if span.start >= self._adam_start:
-                second = self.second[span.start - self._adam_start : span.stop - self._adam_start]
-                state[f"optimizer.second.{name}"] = second.view(shape)
+            for kind, tensor in self._state_tensors().items():
+                if kind != "second":
+                    state[f"optimizer.{kind}.{name}"] = tensor[span].view(shape)
+                elif span.start >= self._adam_start:
+                    part = slice(span.start - self._adam_start, span.stop - self._adam_start)
+                    state[f"optimizer.{kind}.{name}"] = tensor[part].view(shape)
         return state
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:

@@ -3,9 +3,16 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from model.petals.crystallization import CrystallizationOptions
+from model.petals.viscoelastic import ViscoelasticOptions
+from model.training.growth import parse_growth
 from model.training.optimizer import OPTIMIZERS
 
 AMP = ("auto", "bf16", "fp16", "off")
+VISCOSITY = ("auto", "off", "resistance", "ema")
+FREEZE = ("off", "cryogenic", "chrysalis")
+FREEZE_RULES = ("pressure", "kl")
+GROWTH_RULES = ("student-t", "phi")
 LARGEST_SEED = 2**63 - 1
 
 # What a run is when nothing else is said: enough steps that the result is worth looking at.
@@ -38,6 +45,13 @@ class TrainingOptions:
     save_every: int = 0  # steps; 0 is ten times a run
     eval_bytes: int = 65536  # of each validation split, in the evaluations along the way
     eval_context: int = 1024  # bytes of a validation window
+    viscosity: str = "auto"  # damped updates (docs/petals.md): "auto" is "resistance" where petals set by pressure
+    freeze: str = "off"  # what becomes of petals that have set
+    freeze_rule: str = "pressure"  # how a petal is found to have set
+    freeze_threshold: float = 0.1  # of the pressure rule: share of the peak learning rate
+    grow: str = "off"  # "auto", or a plan: model.training.growth
+    grow_rule: str = "student-t"  # of "auto"
+    grow_left: str = "frozen"  # whether the tree that was there goes on learning: "frozen" or "thawed"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "eval_bytes", "eval_context"):
@@ -51,7 +65,23 @@ class TrainingOptions:
         for name in ("weight_decay", "warmup", "decay"):
             self._accept(name, "a number from 0 to 1", lambda v: 0 <= v <= 1)
         self._accept("optimizer", f"one of {', '.join(OPTIMIZERS)}", lambda v: v in OPTIMIZERS)
-        self._accept("amp", f"one of {', '.join(AMP)}", lambda v: v in AMP)
+        for name, accepted in (
+            ("amp", AMP),
+            ("viscosity", VISCOSITY),
+            ("freeze", FREEZE),
+            ("freeze_rule", FREEZE_RULES),
+            ("grow_rule", GROWTH_RULES),
+            ("grow_left", ("frozen", "thawed")),
+        ):
+            self._accept(name, f"one of {', '.join(accepted)}", lambda v, accepted=accepted: v in accepted)
+        self._accept("freeze_threshold", "a number > 0", lambda v: 0 < v < float("inf"))
+        if self.freeze != "off" and self.freeze_rule == "pressure" and self.viscosity == "off":
+            raise ValueError("viscosity='off': accepted with freezing by pressure are auto, resistance, ema")
+        if self.grow == "auto" and self.freeze == "off":
+            raise ValueError("freeze='off': accepted with grow='auto' are cryogenic, chrysalis, as it counts set petals")
+        for step in parse_growth(self.grow):
+            if step.step >= self.steps:
+                raise ValueError(f"grow={self.grow!r}: step {step.step}, accepted are steps before {self.steps}")
 
     def _accept(self, name: str, accepted: str, test) -> None:
         value = getattr(self, name)
@@ -75,6 +105,20 @@ class TrainingOptions:
     def save_interval(self) -> int:
         """Steps between saves."""
         return self.save_every or max(1, self.steps // 10)
+
+    @property
+    def viscoelastic(self) -> ViscoelasticOptions | None:
+        """Options of the damped updates, or None for plain ones."""
+        variant = self.viscosity
+        if variant == "auto":
+            variant = "resistance" if self.freeze != "off" and self.freeze_rule == "pressure" else "off"
+        return None if variant == "off" else ViscoelasticOptions(variant=variant)
+
+    @property
+    def crystallization(self) -> CrystallizationOptions:
+        """When petals set, and what becomes of them."""
+        # Petals are observed at evaluations, and the first of these comes after the warm-up of the learning rate.
+        return CrystallizationOptions(self.freeze, self.freeze_rule, self.freeze_threshold, warmup=1)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for checkpoints and metrics."""

@@ -117,8 +117,12 @@ def _options(
         # So that the run can be resumed from another folder.
         arguments.curriculum = str(Path(arguments.curriculum).resolve())
     names = ("steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "warmup", "decay", "clip", "amp")
-    names += ("seed", "eval_every", "save_every")
+    names += ("seed", "eval_every", "save_every", "viscosity", "freeze", "freeze_rule", "freeze_threshold")
+    names += ("grow", "grow_rule", "grow_left")
     given = {name: getattr(arguments, name) for name in names}
+    for name in ("hull", "petals"):
+        if getattr(arguments, name) is not None:
+            arguments.set = [*arguments.set, f"{name}={getattr(arguments, name)}"]
     if any(setting.startswith("plasticity=") for setting in arguments.set):
         raise ValueError("--set plasticity: accepted is a plasticity of each stage, in the curriculum's TOML file")
     if saved is None:

@@ -74,6 +74,10 @@ class TrainingStep:
         torch.cuda.current_stream().wait_stream(self._stream)
         return loss
 
+    def recapture(self) -> None:
+        """Forget the captured step: the model or its optimizer's buffers have changed."""
+        self._shape = self._captured = None
+
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):

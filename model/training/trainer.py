@@ -16,9 +16,13 @@ from model.agiformer import AGIFormer
 from model.config import AGIFormerConfig
 from model.data import CropSampler, Curriculum, open_store
 from model.evaluation.bpc import bits_per_byte
+from model.evaluation.convexity import hull_radii
 from model.evaluation.plots import plot_curriculum
 from model.evaluation.report import number
 from model.files import write_atomically
+from model.layers.pyramid import Node, learning_leaves
+from model.petals.crystallization import Crystallization
+from model.petals.growth import FreezingProcess, GrowthPolicy
 from model.training.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -27,6 +31,7 @@ from model.training.checkpoint import (
     save_checkpoint,
 )
 from model.training.distributed import Workers
+from model.training.growth import GrowthStep, carry_out, parse_growth
 from model.training.metrics import LOG, METRICS, Metrics, finite
 from model.training.optimizer import MuonAdamW
 from model.training.options import TrainingOptions
@@ -74,7 +79,9 @@ class Trainer:
         self.quiet = quiet or not self.workers.is_main
         self.step = 0
         self.stop_requested = False
+        self._petals_text = ""
         self._saved_step: int | None = None
+        self.training_seconds = 0.0  # of this process, without evaluations and saves
         self.speeds: list[float] = []  # bytes/s of every reading of this process, without evaluations and saves
         if options.steps < len(curriculum.stages):
             raise ValueError(
@@ -84,19 +91,35 @@ class Trainer:
         self._open_data(cache_dir)
         torch.manual_seed(options.seed)
         self.model = AGIFormer(config).to(device)
-        optimizer = MuonAdamW(self.model, optimizer=options.optimizer, lr=options.lr, weight_decay=options.weight_decay)
         self.amp_dtype = amp_dtype(options.amp, device)
+        self.graph = graph
+        self._make_step()
+        self.plan = parse_growth(options.grow)
+        self.policy = GrowthPolicy(options.grow_rule)
+        self.freezing = FreezingProcess()
+        # Losses since the last reading; on the device, and in the checkpoint, so that a resumed curve is the same.
+        self.losses = torch.zeros(LOG_EVERY, device=device)
+        self.metrics = Metrics(self.out, self._empty_metrics(), writes=self.workers.is_main)
+
+    def _make_step(self) -> None:
+        options = self.options
+        optimizer = MuonAdamW(
+            self.model,
+            optimizer=options.optimizer,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            viscosity=options.viscoelastic,
+            divider=options.crystallization.divider if options.freeze != "off" else None,
+        )
         self.training_step = TrainingStep(
             self.model,
             optimizer,
             amp_dtype=self.amp_dtype,
             clip_norm=options.clip,
-            graph=graph,
+            graph=self.graph,
             workers=self.workers,
         )
-        # Losses since the last reading; on the device, and in the checkpoint, so that a resumed curve is the same.
-        self.losses = torch.zeros(LOG_EVERY, device=device)
-        self.metrics = Metrics(self.out, self._empty_metrics(), writes=self.workers.is_main)
+        self.crystallization = Crystallization(self.model, options.crystallization)
 
     def _open_data(self, cache_dir: str | Path | None) -> None:
         # With several workers the store's own lock lets one encode and the others find it done.
@@ -144,6 +167,8 @@ class Trainer:
             "train": [],
             "evaluations": [],
             "retention": [],
+            "growth": [],
+            "hulls": [],
             "best": None,
             "skipped_steps": 0,
         }
@@ -167,6 +192,7 @@ class Trainer:
                         self._save()
                 if self.step == self.options.steps:
                     return True
+                self._grow_if_planned()
                 self._train_one()
                 if self.step % LOG_EVERY == 0 or self.step in self.boundaries:
                     self._log()
@@ -203,6 +229,75 @@ class Trainer:
         self.losses[self.step % LOG_EVERY] = self.training_step.run(batch)
         self.step += 1
 
+    # ── petals and growth ────────────────────────────────────────────────────────────────────────────────────────
+
+    def _grow_if_planned(self) -> None:
+        done = {event["step"] for event in self.metrics.data["growth"] if event["why"] == "planned"}
+        steps = [each for each in self.plan if each.step == self.step and self.step not in done]
+        for each in steps:
+            self._grow(each, "planned")
+
+    def _grow(self, what: GrowthStep, why: str) -> None:
+        with self._off_the_clock():
+            changes = carry_out(self.model, what, thawed=self.options.grow_left == "thawed")
+            self.training_step.optimizer.rebuild(self.model)
+            self.training_step.recapture()
+            self.crystallization.refresh()
+        row = {
+            "step": self.step,
+            "why": why,
+            "what": what.kind,
+            "changes": changes,
+            "parameters": self.model.parameter_count(),
+            "trainable": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+        }
+        self.metrics.data["growth"].append(row)
+        self.metrics.event("growth", **row)
+        if not self.quiet:
+            tqdm.write(
+                f"step {self.step}: grown by {what.kind} ({why}) to {row['parameters'] / 1e6:.2f} M parameters, "
+                f"{row['trainable'] / 1e6:.2f} M of them learning",
+                file=sys.stderr,
+            )
+
+    def _observe_petals(self) -> None:
+        """See which petals have set, and whether that is enough to grow. Looks at the device: at evaluations only."""
+        options, optimizer = self.options, self.training_step.optimizer
+        row: dict[str, Any] = {"step": self.step, "radius": self._hull_radii()}
+        loads = {name: module.router.load.tolist() for name, module in self.model.named_modules() if _routes(module)}
+        if loads:
+            row["router_load"] = loads
+        if options.freeze != "off":
+            events = self.crystallization.observe(
+                self.step, optimizer.lr.item(), options.lr, optimizer.mobility if optimizer.viscosity else None
+            )
+            if events:
+                optimizer.set_petals()
+                if options.freeze == "chrysalis":
+                    self.training_step.recapture()
+            for event in events:
+                self.metrics.event("petal_set", **event)
+            solid, total = self.crystallization.counts()
+            self.freezing.record(self.step, len(events))
+            expected = self.freezing.steps_until(self.policy, solid, total)
+            row |= {"solid": solid, "total": total, "steps_to_expansion": expected}
+            self._petals_text = f" petals {solid}/{total} solid" + (f", grow in ~{expected:.0f}" if expected else "")
+        self.metrics.data["hulls"].append(row)
+        self.metrics.event("hulls", **row)
+        # While the learning rate falls everything cools, and what is new would not have the time to learn.
+        if options.grow == "auto" and self.step < options.steps * (1 - options.decay):
+            solid, total = self.crystallization.counts()
+            if self.policy.decide([0] * solid + [1] * (total - solid)):
+                self._grow(GrowthStep(self.step, "petals"), "auto")
+                self.freezing.expanded(self.step)
+
+    def _hull_radii(self) -> dict[str, float]:
+        length = min(self.options.eval_context, *(len(store.val) for store in self.stores))
+        rows = [np.asarray(store.val[:length]) for store in self.stores]
+        x = torch.from_numpy(np.stack(rows)).to(self.device)
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            return {name: finite(value) for name, value in hull_radii(self.model, x).items()}
+
     def _log(self) -> None:
         """Read the losses since the last reading; one synchronisation."""
         index = self.curriculum.stage_at(self.step - 1, self.options.steps)
@@ -219,12 +314,13 @@ class Trainer:
         bytes_per_step = self.options.batch_size * self.samplers[index].seq_len * self.workers.size
         speed = (self.step - self._clock[1]) * bytes_per_step / max(1e-9, now - self._clock[0])
         self.speeds.append(speed)
+        self.training_seconds += now - self._clock[0]
         self._clock = (now, self.step)
         self.metrics.event("train", **row, bytes_per_second=round(speed), skipped_steps=skipped)
         self.bar.update(self.step - self.bar.n)
         self.bar.set_postfix_str(
             f"{stage.name} α={stage.plasticity:g} bpc={'not finite' if bpc is None else f'{bpc:.3f}'} "
-            f"{speed / 1e6:.3g} MB/s" + (f" skipped {skipped}" if skipped else ""),
+            f"{speed / 1e6:.3g} MB/s" + (f" skipped {skipped}" if skipped else "") + self._petals_text,
             refresh=False,
         )
 
@@ -260,6 +356,7 @@ class Trainer:
             if not self.quiet:
                 figures = "  ".join(f"{name} {number(value)}" for name, value in bpc.items())
                 tqdm.write(f"step {self.step}: validation BPC  {figures}", file=sys.stderr)
+        self._observe_petals()
         self.workers.barrier()
         self._saved_step = None  # the metrics have changed
 
@@ -288,12 +385,25 @@ class Trainer:
             save_checkpoint(
                 self.model,
                 self.out / LAST,
-                tensors=self.training_step.state_tensors() | {"losses": self.losses},
-                values={"step": self.step, "metrics": self.metrics.data, "data": self._positions()},
+                tensors=self._state_tensors(),
+                values={
+                    "step": self.step,
+                    "metrics": self.metrics.data,
+                    "data": self._positions(),
+                    "freezing": self.freezing.to_dict(),
+                },
             )
             self.metrics.write()
         self._saved_step = self.step
         self.workers.barrier()
+
+    def _state_tensors(self) -> dict[str, torch.Tensor]:
+        state = self.training_step.state_tensors() | self.crystallization.state_tensors() | {"losses": self.losses}
+        # Routers sample in training, and what grows is drawn from the first generator.
+        state["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
 
     def _positions(self) -> list[dict[str, Any]]:
         return [sampler.state_dict() for sampler in self.samplers]
@@ -304,8 +414,19 @@ class Trainer:
         if "step" not in values or "metrics" not in values or not tensors:
             raise ValueError(f"--resume {path}: holds weights without training state; accepted is a {LAST}")
         self._check_same_run(path, values["metrics"])
-        self.model.load_state_dict(load_checkpoint(path).state_dict())
+        saved = load_checkpoint(path)
+        if saved.config != self.model.config:  # it has grown since it began
+            self.model = saved.to(self.device).train()
+            self._make_step()
+        else:
+            self.model.load_state_dict(saved.state_dict())
         self.training_step.load_state_tensors(tensors)
+        self.training_step.optimizer.set_petals()
+        self.crystallization.load_state_tensors(tensors)
+        self.freezing = FreezingProcess.from_dict(values["freezing"])
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         self.losses.copy_(tensors["losses"])
         for sampler, position in zip(self.samplers, values["data"]):
             sampler.load_state_dict(position)
@@ -348,6 +469,11 @@ class Trainer:
         path = self.out / PLOT
         plot_curriculum(self.metrics.data, path)
         return path
+
+
+def _routes(module: torch.nn.Module) -> bool:
+    """Whether a module is a node that learns: a frozen one's load no longer changes."""
+    return isinstance(module, Node) and any(True for _ in learning_leaves(module)) and module.router.training
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:

@@ -110,6 +110,25 @@ def test_encoder_is_a_causal_strided_convolution(overlap):
     torch.testing.assert_close(encoder(x[:, 8:], previous), expected[:, 2:], rtol=1e-5, atol=1e-5)
 
 
+def test_an_encoder_with_columns_is_an_encoder_each():
+    """Every column projects the same patches to its own channels, behind those that are there."""
+    torch.manual_seed(0)
+    encoder = ByteLatentEncoder(16, 8, 4, 2, 8, 10_000.0)
+    x = torch.randint(0, 256, (2, 20))
+    previous = torch.randint(0, 256, (2, 2))
+    before = encoder(x), encoder(x, previous)
+    for width in (8, 24):
+        encoder.add_column(width)
+    for found, first, earlier in ((encoder(x), before[0], None), (encoder(x, previous), before[1], previous)):
+        assert found.shape == (2, 5, 48) and torch.equal(found[..., :16], first)
+        embedded = F.pad(encoder.embedding(x).transpose(1, 2), (2, 0))
+        if earlier is not None:
+            embedded = encoder.embedding(torch.cat([earlier, x], 1)).transpose(1, 2)
+        weight = torch.cat([column.weight for column in encoder.columns]).view(32, 6, 8).transpose(1, 2)
+        expected = F.conv1d(embedded, weight, stride=4).transpose(1, 2)
+        torch.testing.assert_close(found[..., 16:], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("rule", ["hebbian", "delta"])
 def test_memory_is_the_formula_in_float64(rule):
     torch.manual_seed(0)
@@ -247,3 +266,26 @@ def test_head_is_a_gru_cell_over_the_patch():
         size = (hidden.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
         expected.append(head.output(hidden / size).view(2, 3, 256))
     torch.testing.assert_close(head(latents, previous), torch.stack(expected, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_with_columns_adds_what_they_say():
+    """Nothing at first, to the bit; then W norm(part) to the GRU's first state and inputs, each part by itself."""
+    torch.manual_seed(0)
+    head = LocalAutoregressiveHead(16, 8)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(std=0.3)
+    latents, previous = torch.randn(2, 3, 16), torch.randint(0, 256, (2, 3, 4))
+    before = head(latents, previous)
+    for width in (4, 12):
+        head.add_column(width)
+    latents = torch.cat([latents, 100 * torch.randn(2, 3, 16)], -1)
+    assert torch.equal(head(latents, previous), before)
+    with torch.no_grad():
+        for column in head.columns:
+            column.weight.normal_(std=0.3)
+    parts = [part / (part.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() for part in latents.split((16, 4, 12), -1)]
+    more = sum(part @ column.weight.T for part, column in zip(parts[1:], head.columns))
+    hidden, conditioned = head.begin(latents)
+    torch.testing.assert_close(hidden, torch.tanh(head.initial(parts[0]) + more[..., :8]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(conditioned, head.condition(parts[0]) + more[..., 8:], rtol=1e-5, atol=1e-5)

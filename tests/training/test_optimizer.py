@@ -19,10 +19,9 @@ def test_adamw_equals_torch_adamw():
     model = make_random_model()
     reference = copy.deepcopy(model)
     ours = MuonAdamW(model, optimizer="adamw", lr=1e-2, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.1)
-    groups = [
-        {"params": [p for p in reference.parameters() if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in reference.parameters() if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    biases = [p for name, p in reference.named_parameters() if p.dim() < 2 or name.endswith(".bias")]
+    matrices = [p for name, p in reference.named_parameters() if not (p.dim() < 2 or name.endswith(".bias"))]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
     theirs = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-10)
     expected = dict(reference.named_parameters())
     for step in range(5):
