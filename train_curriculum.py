@@ -46,12 +46,17 @@ def parse_arguments() -> argparse.Namespace:
     petals = parser.add_argument_group("petals and growth (docs/petals.md, docs/growth.md)")
     petals.add_argument("--hull", help="kind of the petals: convex or swiglu (default: convex)")
     petals.add_argument("--petals", type=int, metavar="N", help="petals of a hull, at equal weights (default: 4)")
-    petals.add_argument("--viscosity", help="auto, off, resistance or ema: damp every weight by its history")
-    petals.add_argument("--freeze", help="off, cryogenic or chrysalis: what becomes of petals that have set")
+    petals.add_argument(
+        "--viscosity", help="damp weights by their history: auto, off, resistance or ema (default: auto)"
+    )
+    petals.add_argument(
+        "--freeze", help="what becomes of petals that have set: off, cryogenic, chrysalis (default: off)"
+    )
     petals.add_argument("--freeze-rule", help="pressure or kl: how a petal is found to have set (default: pressure)")
     petals.add_argument("--freeze-threshold", type=float, help="of the pressure rule (default: 0.1)")
     petals.add_argument("--grow", help="off, auto or STEP[:blocks|petals|thaw|widen=D|BOB+BOB],... (default: off)")
     petals.add_argument("--grow-rule", help="student-t or phi: when auto adds petals (default: student-t)")
+    petals.add_argument("--grow-by", help="petals or blocks: what auto adds (default: petals)")
     petals.add_argument("--grow-left", help="frozen or thawed: whether grown trees go on learning (default: frozen)")
 
     where = parser.add_argument_group("where, and what it leaves")

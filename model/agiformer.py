@@ -41,8 +41,8 @@ class TrunkState:
 class Column(nn.Module):
     """Channels added to the latents by `widen`: a stack of blocks of its own beside the first one (seed 003).
 
-    The old channels never read the new ones, so that they stay what they were; every layer of a column reads the old
-    channels through a lateral projection (Rusu et al. 2016). Only the byte head joins them.
+    The old channels never read the new ones, so that they stay what they were; every layer of a column reads those of
+    the first stack through a lateral projection (Rusu et al. 2016). Only the byte head joins them.
     """
 
     def __init__(self, width: int, config: AGIFormerConfig):
@@ -216,14 +216,18 @@ class AGIFormer(nn.Module):
     @torch.no_grad()
     def remember(self, x: Tensor) -> None:
         """Show the routers bytes x [B, L] of what the model knows, straight after `grow`."""
-        routers = [module.router for module in self.modules() if isinstance(module, Node) and not module.router.old_mean.any()]
+        routers = [
+            module.router for module in self.modules() if isinstance(module, Node) and not module.router.old_mean.any()
+        ]
         for router in routers:
             router.remembering = True
         training = self.training
-        self.eval()(x)
-        self.train(training)
-        for router in routers:
-            router.remembering = False
+        try:
+            self.eval()(x)
+        finally:
+            self.train(training)
+            for router in routers:
+                router.remembering = False
 
     def _chosen(self, bob: int | None) -> range | list[int]:
         count = len(self.bobs())
@@ -274,6 +278,7 @@ class AGIFormer(nn.Module):
         for part in (node.projector, node.router, node.mixer, node.attention, node.gate):
             initialise(part)
         node.reset()
+        node.plasticity = self.plasticity.clone()
         return node.to(self.start).train(self.training)
 
     def _add_column(self, width: int) -> None:
@@ -295,7 +300,7 @@ class AGIFormer(nn.Module):
             raise ValueError(f"x has values from {x.min()} to {x.max()}: accepted are bytes from 0 to 255")
 
     def parameter_count(self) -> int:
-        """Number of trainable values."""
+        """Number of values in all parameters, frozen ones included."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 

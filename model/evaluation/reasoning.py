@@ -169,7 +169,9 @@ def thinking_trace(model: AGIFormer, x: Tensor, steps: int) -> Iterator[Thinking
         gate = model.reasoning.gate(rms_norm(z)).sigmoid()
         delta, p_halt = model.reasoning.step(z)
         z = z + delta
-        yield ThinkingStep(z, model.head(torch.cat([z, rest], -1), previous).flatten(1, 2)[:, : x.shape[1]], delta, p_halt, gate)
+        yield ThinkingStep(
+            z, model.head(torch.cat([z, rest], -1), previous).flatten(1, 2)[:, : x.shape[1]], delta, p_halt, gate
+        )
 
 
 def judge(steps: list[StepReport], thinking_steps: int) -> tuple[str, str]:

@@ -47,6 +47,10 @@ class PetalGroup(nn.Module):
         """The parameters that petals own, by name: [n, ...] each."""
         return {name: getattr(self, name) for name in self.PETAL_WEIGHTS}
 
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that belong to all petals together, by name."""
+        return {name: p for name, p in self.named_parameters(recurse=False) if name not in self.PETAL_WEIGHTS}
+
     @torch.no_grad()
     def set_status(self, petals: Tensor | list[int], status: int) -> None:
         """Give petals (their indices in the group) a status. Looks at the device: for events, not for every step."""

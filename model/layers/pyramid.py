@@ -193,6 +193,9 @@ class Node(nn.Module):
         super().__init__()
         self.left, self.right = left, right
         self.frozen = True
+        # α that the frozen tree learned under: another one would make its memories other functions.
+        self.plasticity: Tensor
+        self.register_buffer("plasticity", torch.ones(()))
         self.projector = nn.Linear(d_model, d_model, bias=False)
         self.router = DirichletRouter(d_model)
         self.mixer = SinkhornMixer(n_heads)
@@ -224,7 +227,9 @@ class Node(nn.Module):
         self, x: Tensor, phases: Phases, plasticity: Tensor, state: NodeState | None = None
     ) -> tuple[Tensor, NodeState]:
         """As a HybridBlock's: x [B, T, D] → [B, T, D], and the state after it."""
-        left, left_state = self.left(x, phases, plasticity, None if state is None else state.left)
+        left, left_state = self.left(
+            x, phases, self.plasticity if self.frozen else plasticity, None if state is None else state.left
+        )
         right, right_state = self.right(self.projector(x), phases, plasticity, None if state is None else state.right)
         weights = 2 * self.router(rms_norm(x))  # an even split leaves both at their size
         left = self.mixer(left)

@@ -47,8 +47,8 @@ class CrystallizationOptions:
         threshold: of "pressure": the share of the peak learning rate under which a weight's pace is crystallized.
         share: of "pressure": the share of crystallized weights, in (0, 1], that makes a petal solid.
         divider: the cryogenic constant, ≥ 1; for the optimizer.
-        kl_tau: of "kl", in nats. 1e-3 is a move of 4.5% of the petal's RMS weight from one snapshot to the next.
-        kl_decay: of the moving average over snapshots, in [0, 1).
+        kl_tau: of "kl", in nats. 0.01 is a move of 14% of the petal's RMS weight from one snapshot to the next.
+        kl_decay: what the moving average over snapshots keeps, in [0, 1).
         warmup: observations of a petal before it may set. At the start of a run the pressure is low because the
             learning rate still rises; they should outlast that.
 
@@ -61,8 +61,8 @@ class CrystallizationOptions:
     threshold: float = 0.1
     share: float = ESTABLISHED
     divider: float = 1000.0
-    kl_tau: float = 1e-3
-    kl_decay: float = 0.9
+    kl_tau: float = 0.01
+    kl_decay: float = 0.5
     warmup: int = 10
 
     def __post_init__(self) -> None:
@@ -282,7 +282,8 @@ class Crystallization:
         Args:
             step: for the events.
             lr, peak_lr: today's learning rate and the run's highest; their ratio is the pressure.
-            mobility: gives T / (1 + R) / C, in the parameter's shape, for a petal parameter; None is 1 everywhere.
+            mobility: gives T / (1 + R), in the parameter's shape, for a petal parameter; None is 1 everywhere. C does
+                not matter: it is 1 for the fluid petals, and no others are decided on.
 
         Returns:
             One {"petal": id, "step": step, "crystallized": share of its weights} for each petal that has set.

@@ -8,6 +8,7 @@ of `version`, `config` and `training`. One, because safetensors writes several i
 be equal files.
 """
 
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -20,7 +21,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from model.agiformer import AGIFormer
-from model.config import PRESETS, AGIFormerConfig
+from model.config import HULLS, MEMORY_RULES, PRESETS, AGIFormerConfig
 from model.files import write_atomically
 
 FORMAT = "agiformer"
@@ -160,14 +161,13 @@ def _read_config(path: Path, values: Any) -> AGIFormerConfig:
 def _fitting_preset(path: Path, weights: dict[str, Tensor]) -> AGIFormerConfig:
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     shapes.pop("plasticity", None)
-    for preset in PRESETS.values():
-        for rule in ("hebbian", "delta"):
-            candidate = replace(preset, memory_rule=rule)
-            with torch.device("meta"):
-                expected = AGIFormer(candidate).state_dict()
-            expected.pop("plasticity")
-            if shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}:
-                return candidate
+    for preset, rule, hull in itertools.product(PRESETS.values(), MEMORY_RULES, HULLS):
+        candidate = replace(preset, memory_rule=rule, hull=hull)
+        with torch.device("meta"):
+            expected = AGIFormer(candidate).state_dict()
+        expected.pop("plasticity")
+        if shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}:
+            return candidate
     raise CheckpointError(
         f"checkpoint {path}: its shapes fit no preset ({', '.join(PRESETS)}); save it with its config"
     )

@@ -1,11 +1,11 @@
 """When a run grows, and what: `--grow` as a plan, and its steps carried out on a model."""
 
-import math
 import re
 from dataclasses import dataclass
 
 from model.agiformer import AGIFormer
 from model.layers.pyramid import learning_leaves
+from model.petals.growth import new_petals
 
 _ENTRY = re.compile(r"(\d+)(?::(blocks|petals|thaw|widen=(\d+)|\d+(?:\+\d+)*))?")
 ACCEPTED = "off, auto, or STEP[:WHAT],... with WHAT blocks, petals, thaw, widen=D_MODEL or BoBs as 0+1+2"
@@ -68,4 +68,4 @@ def carry_out(model: AGIFormer, step: GrowthStep, thawed: bool = False) -> list[
 
 def half_more(model: AGIFormer, bob: int) -> int:
     """⌈total/2⌉ of the petals of a hull that learns in this block of blocks (seed 003, o3's expansion trigger)."""
-    return math.ceil(max(leaf.hull.petals for leaf in learning_leaves(model.bobs()[bob])) / 2)
+    return new_petals(max(leaf.hull.petals for leaf in learning_leaves(model.bobs()[bob])))

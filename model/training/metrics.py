@@ -25,7 +25,9 @@ class Metrics:
 
     `data` is what the metrics file holds: run {options, config, parameters, workers, amp}, stages [{name, plasticity,
     start, end, seq_len, train_bytes, val_bytes, source (hash)}], train [{step, stage, bpc}], evaluations [{step, stage,
-    bpc: {stage: BPC}}], retention [{after, bpc: {stage: BPC}}], best {step, mean, bpc}, skipped_steps.
+    bpc: {stage: BPC}}], retention [{after, bpc: {stage: BPC}}], best {step, mean, bpc}, skipped_steps, growth [{step,
+    why, what, changes, parameters, trainable}], and hulls [{step, radius: {hull: radius}, and where there are such
+    router_load, solid, total, steps_to_expansion}].
     """
 
     def __init__(self, folder: Path, data: dict[str, Any], writes: bool = True):

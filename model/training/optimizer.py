@@ -51,7 +51,7 @@ def region_key(name: str, parameter: nn.Parameter, optimizer: str) -> tuple:
         return ("plain",)
     if parameter.dim() == 3:  # one matrix a petal
         return ("muon", parameter.shape[1], parameter.shape[2])
-    pieces = STACKED.get(name.split(".")[-2], 1)
+    pieces = STACKED.get(name.split(".")[-2], 4 if "head.columns" in name else 1)
     return ("muon", parameter.shape[0] // pieces, parameter.shape[1])
 
 
@@ -168,22 +168,27 @@ class MuonAdamW:
         self.viscosity = Viscosity(total, self.viscoelastic, device) if self.viscoelastic else None
         self.param_groups = [{"params": [self.values], "lr": self.lr}]
         self._petals: list[tuple[slice, int, Tensor]] = []
-        self._groups = []
+        self._groups: list[tuple[nn.Module, Tensor, Tensor]] = []
         if self.divider is not None:
             spans = {id(self._parameters[name]): span for name, (span, _) in self.views.items()}
             for group in petal_groups(model).values():
                 factor = torch.ones(group.petals, device=device)
                 owned = [spans[id(p)] for p in group.petal_parameters().values() if id(p) in spans]
                 self._petals += [(span, group.petals, factor) for span in owned]
-                self._groups.append((group, factor))
+                # What the petals share, such as the hulls' τ, moves as freely as the freest of them.
+                shared = torch.ones(1, device=device)
+                common = [spans[id(p)] for p in group.shared_parameters().values() if id(p) in spans]
+                self._petals += [(span, 1, shared) for span in common]
+                self._groups.append((group, factor, shared))
             self.set_petals()
 
     def set_petals(self) -> None:
         """Take over what the petals' statuses say: solid ones move `divider` times less, those in chrysalis not."""
-        for group, factor in self._groups:
+        for group, factor, shared in self._groups:
             factor.fill_(1.0)
             factor[group.status == CRYOGENIC] = 1 / self.divider
             factor[group.status == CHRYSALIS] = 0.0
+            shared.copy_(factor.max())
 
     def mobility(self, parameter: nn.Parameter) -> Tensor:
         """T / (1 + R) of every weight of a parameter, in its shape, float32 (docs/petals.md); 1 without viscosity."""

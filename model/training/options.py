@@ -50,7 +50,8 @@ class TrainingOptions:
     freeze_rule: str = "pressure"  # how a petal is found to have set
     freeze_threshold: float = 0.1  # of the pressure rule: share of the peak learning rate
     grow: str = "off"  # "auto", or a plan: model.training.growth
-    grow_rule: str = "student-t"  # of "auto"
+    grow_rule: str = "student-t"  # of "auto": when
+    grow_by: str = "petals"  # of "auto": what, "petals" or "blocks"
     grow_left: str = "frozen"  # whether the tree that was there goes on learning: "frozen" or "thawed"
 
     def __post_init__(self) -> None:
@@ -71,6 +72,7 @@ class TrainingOptions:
             ("freeze", FREEZE),
             ("freeze_rule", FREEZE_RULES),
             ("grow_rule", GROWTH_RULES),
+            ("grow_by", ("petals", "blocks")),
             ("grow_left", ("frozen", "thawed")),
         ):
             self._accept(name, f"one of {', '.join(accepted)}", lambda v, accepted=accepted: v in accepted)
@@ -78,7 +80,9 @@ class TrainingOptions:
         if self.freeze != "off" and self.freeze_rule == "pressure" and self.viscosity == "off":
             raise ValueError("viscosity='off': accepted with freezing by pressure are auto, resistance, ema")
         if self.grow == "auto" and self.freeze == "off":
-            raise ValueError("freeze='off': accepted with grow='auto' are cryogenic, chrysalis, as it counts set petals")
+            raise ValueError(
+                "freeze='off': accepted with grow='auto' are cryogenic, chrysalis, as it counts set petals"
+            )
         for step in parse_growth(self.grow):
             if step.step >= self.steps:
                 raise ValueError(f"grow={self.grow!r}: step {step.step}, accepted are steps before {self.steps}")

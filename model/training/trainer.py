@@ -94,12 +94,21 @@ class Trainer:
         self.amp_dtype = amp_dtype(options.amp, device)
         self.graph = graph
         self._make_step()
-        self.plan = parse_growth(options.grow)
+        self.plan = self._checked_plan(config)
         self.policy = GrowthPolicy(options.grow_rule)
         self.freezing = FreezingProcess()
         # Losses since the last reading; on the device, and in the checkpoint, so that a resumed curve is the same.
         self.losses = torch.zeros(LOG_EVERY, device=device)
         self.metrics = Metrics(self.out, self._empty_metrics(), writes=self.workers.is_main)
+
+    def _checked_plan(self, config: AGIFormerConfig) -> tuple[GrowthStep, ...]:
+        """The planned growth, tried on a model without memory: a mistake in it is better found now than at its step."""
+        plan = parse_growth(self.options.grow)
+        with torch.device("meta"):
+            shape = AGIFormer(config)
+            for step in plan:
+                carry_out(shape, step)
+        return plan
 
     def _make_step(self) -> None:
         options = self.options
@@ -109,7 +118,8 @@ class Trainer:
             lr=options.lr,
             weight_decay=options.weight_decay,
             viscosity=options.viscoelastic,
-            divider=options.crystallization.divider if options.freeze != "off" else None,
+            # Also without freezing: petals of a loaded model may have been frozen by hand.
+            divider=options.crystallization.divider,
         )
         self.training_step = TrainingStep(
             self.model,
@@ -243,6 +253,7 @@ class Trainer:
             self.training_step.optimizer.rebuild(self.model)
             self.training_step.recapture()
             self.crystallization.refresh()
+            self.freezing.expanded(self.step)
         row = {
             "step": self.step,
             "why": why,
@@ -279,17 +290,18 @@ class Trainer:
                 self.metrics.event("petal_set", **event)
             solid, total = self.crystallization.counts()
             self.freezing.record(self.step, len(events))
-            expected = self.freezing.steps_until(self.policy, solid, total)
-            row |= {"solid": solid, "total": total, "steps_to_expansion": expected}
-            self._petals_text = f" petals {solid}/{total} solid" + (f", grow in ~{expected:.0f}" if expected else "")
+            row |= {"solid": solid, "total": total}
+            self._petals_text = f" petals {solid}/{total} solid"
+            if options.grow == "auto":
+                row["steps_to_expansion"] = expected = self.freezing.steps_until(self.policy, solid, total)
+                self._petals_text += "" if expected is None else f", grow in ~{expected:.0f} steps"
         self.metrics.data["hulls"].append(row)
         self.metrics.event("hulls", **row)
         # While the learning rate falls everything cools, and what is new would not have the time to learn.
         if options.grow == "auto" and self.step < options.steps * (1 - options.decay):
             solid, total = self.crystallization.counts()
             if self.policy.decide([0] * solid + [1] * (total - solid)):
-                self._grow(GrowthStep(self.step, "petals"), "auto")
-                self.freezing.expanded(self.step)
+                self._grow(GrowthStep(self.step, options.grow_by), "auto")
 
     def _hull_radii(self) -> dict[str, float]:
         length = min(self.options.eval_context, *(len(store.val) for store in self.stores))

@@ -27,9 +27,9 @@ from tests.conftest import TINY
 # ── router ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def random_router(children: int = 2, std: float = 0.5) -> DirichletRouter:
+def random_router(std: float = 0.5) -> DirichletRouter:
     torch.manual_seed(0)
-    router = DirichletRouter(8, children)
+    router = DirichletRouter(8)
     with torch.no_grad():
         router.concentration.weight.normal_(std=std)
         router.concentration.bias.normal_(std=std)
@@ -43,9 +43,8 @@ def concentrations(router: DirichletRouter, x: torch.Tensor) -> torch.Tensor:
     ).exp().log1p() + 0.5
 
 
-@pytest.mark.parametrize("children", [2, 5])
-def test_evaluation_is_the_mean(children):
-    router = random_router(children).eval()
+def test_evaluation_is_the_mean():
+    router = random_router().eval()
     x = torch.randn(3, 7, 8)
     c = concentrations(router, x)
     for temperature in (1.0, 0.1):
@@ -54,9 +53,7 @@ def test_evaluation_is_the_mean(children):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), c / c.sum(-1, keepdim=True), rtol=1e-5, atol=1e-6)
         assert torch.equal(router(x), found)
-    assert router.temperature.item() == pytest.approx(0.1) and torch.equal(
-        router.load, torch.full((children,), 1 / children)
-    )
+    assert router.temperature.item() == pytest.approx(0.1) and torch.equal(router.load, torch.tensor([0.5, 0.5]))
 
 
 def test_training_draws_samples():
@@ -77,10 +74,10 @@ def test_training_draws_samples():
 def test_samples_have_the_moments_of_the_dirichlet(temperature):
     """Mean m and variance m (1 − m) / (s + 1), s the sum of concentrations over the temperature; within 5 sigmas."""
     n = 20_000
-    router = random_router(3)
+    router = random_router()
     x = torch.randn(1, 2, 8)
     router.temperature.fill_(temperature)
-    samples = router(x.expand(n, 2, 8)).double()
+    samples = router(x.expand(n, 2, 8)).double().detach()
     c = concentrations(router, x)[0] / temperature
     s = c.sum(-1, keepdim=True)
     mean, variance = c / s, c / s * (1 - c / s) / (s + 1)
@@ -129,6 +126,55 @@ def test_router_trains_towards_the_child_that_helps():
         optimizer.step()
     mean = router.eval()(x).gather(-1, better.unsqueeze(-1)).mean()
     assert mean > 0.75
+
+
+def test_what_is_remembered_is_a_linear_discriminant():
+    """Evaluation: the shares times the odds of being old and new, made to sum to 1; in float64."""
+    router = random_router().eval()
+    g = torch.Generator().manual_seed(1)
+    router.old_mean.normal_(generator=g)
+    router.new_mean.normal_(generator=g)
+    router.variance.uniform_(0.5, 2.0, generator=g)
+    router.spread.fill_(3.0)
+    x = torch.randn(3, 7, 8, generator=g)
+    direction = (router.new_mean.double() - router.old_mean.double()) / router.variance.double()
+    score = (x.double() - (router.new_mean.double() + router.old_mean.double()) / 2) @ direction
+    odds = score * ((router.new_mean.double() - router.old_mean.double()) @ direction) / 3.0
+    c = concentrations(router, x) * torch.stack([1 / (1 + odds.exp()), 1 / (1 + (-odds).exp())], -1)
+    torch.testing.assert_close(router(x).double(), c / c.sum(-1, keepdim=True), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_new_inputs_go_to_the_fresh_child_once_the_old_are_remembered():
+    """Two clouds of inputs, two standard deviations apart along one direction."""
+    router = random_router(std=0.0)
+    old, new = torch.randn(4, 250, 8), torch.randn(4, 250, 8) + 2 * torch.eye(8)[3]
+    before = {name: buffer.clone() for name, buffer in router.named_buffers()}
+    torch.testing.assert_close(router.eval()(old), torch.full((4, 250, 2), 0.5))
+    router.remembering = True
+    router(old)
+    router.remembering = False
+    torch.testing.assert_close(router.old_mean, old.mean((0, 1)))
+    torch.testing.assert_close(router.variance, old.flatten(0, 1).var(0, correction=0))
+    torch.testing.assert_close(router(new), torch.full((4, 250, 2), 0.5))  # nothing new was seen yet
+    router.train()
+    for _ in range(400):
+        router(torch.randn(4, 16, 8) + 2 * torch.eye(8)[3])
+    router.eval()
+    remembered = {name: buffer.clone() for name, buffer in router.named_buffers()}
+    assert router(new)[..., 1].mean() > 0.8 and router(old)[..., 1].mean() < 0.2
+    assert all(torch.equal(buffer, remembered[name]) for name, buffer in router.named_buffers())
+    router.reset()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in router.named_buffers())
+
+
+@torch.no_grad()
+def test_a_router_that_was_shown_nothing_gives_no_opinion():
+    router = random_router(std=0.0)
+    for _ in range(100):
+        router(torch.randn(2, 16, 8) + 5)
+    assert not router.old_mean.any() and not router.new_mean.any()
+    torch.testing.assert_close(router.eval()(torch.randn(2, 16, 8) * 9), torch.full((2, 16, 2), 0.5))
 
 
 def test_router_is_float32_under_autocast():
@@ -269,10 +315,11 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 
 def test_a_node_is_its_formula():
     tree = randomise(node()).eval()
+    tree.plasticity.fill_(0.3)  # what the frozen tree learned under
     x = torch.randn(2, 20, D, dtype=torch.float64)
     at = phases(20)
     found, state = tree(x, at, ALPHA)
-    left, left_state = tree.left(x, at, ALPHA)
+    left, left_state = tree.left(x, at, tree.plasticity)
     right, right_state = tree.right(x @ tree.projector.weight.T, at, ALPHA)
     c = torch.log1p((norm(x) @ tree.router.concentration.weight.T + tree.router.concentration.bias).exp()) + 0.5
     share = c / c.sum(-1, keepdim=True)
@@ -280,7 +327,7 @@ def test_a_node_is_its_formula():
     left = (1 - g) * left + g * torch.einsum("st,...td->...sd", S, left.unflatten(-1, (H, -1))).flatten(-2)
     seen, fresh = 2 * share[..., :1] * norm(left), 2 * share[..., 1:] * norm(right)
     attended, attention_state = tree.attention(torch.cat([seen, fresh], -1), at)
-    expected = left + torch.cat([attended, fresh], -1) @ tree.gate.weight.T
+    expected = left + 2 * share[..., 1:] * (torch.cat([attended, fresh], -1) @ tree.gate.weight.T)
     torch.testing.assert_close(found, expected)
     assert isinstance(state, NodeState) and isinstance(state.left, BlockState)
     parts = [*left_state.tensors(), *right_state.tensors(), *attention_state.tensors()]
@@ -336,6 +383,29 @@ def test_frozen_means_no_gradients_and_eval_mode():
     assert not any(p.requires_grad for p in tree.right.left.parameters())  # thawing is of the left tree
 
 
+def test_a_frozen_tree_keeps_its_plasticity_until_it_is_thawed():
+    tree = randomise(node(node())).eval()
+    tree.plasticity.fill_(0.3)
+    tree.left.plasticity.fill_(0.6)
+    x, at = torch.randn(1, 12, D, dtype=torch.float64), phases(12)
+
+    def memories(alpha: float) -> list[torch.Tensor]:
+        """Of left.left, left.right and right."""
+        _, state = tree(x, at, torch.tensor(alpha).double())
+        return [leaf.memory.M for leaf in (state.left.left, state.left.right, state.right)]
+
+    low, high = memories(0.1), memories(0.9)
+    assert torch.equal(low[0], high[0]) and torch.equal(low[1], high[1]) and not torch.allclose(low[2], high[2])
+    direct = [
+        tree.left.left(x, at, tree.left.plasticity)[1],
+        tree.left.right(tree.left.projector(x), at, tree.plasticity)[1],
+    ]
+    for found, expected in zip(low, direct):
+        torch.testing.assert_close(found, expected.memory.M)
+    tree.thaw()
+    assert not any(torch.allclose(a, b) for a, b in zip(memories(0.1), memories(0.9)))
+
+
 def test_a_new_node_lets_nothing_pass():
     tree = node()
     for part in (tree.left, tree.right, tree.projector, tree.router, tree.mixer, tree.attention, tree.gate):
@@ -345,7 +415,7 @@ def test_a_new_node_lets_nothing_pass():
     at = Rotary(D // H, 10_000.0)(20, 0, torch.device("cpu"))
     alpha = torch.tensor(0.9)
     for mode in (True, False):
-        assert torch.equal(tree.train(mode)(x, at, alpha)[0], tree.left(x, at, alpha)[0])
+        assert torch.equal(tree.train(mode)(x, at, alpha)[0], tree.left(x, at, tree.plasticity)[0])
 
 
 def test_parameters_of_a_node():
