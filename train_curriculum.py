@@ -54,7 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     petals.add_argument("--freeze-rule", help="pressure or kl: how a petal is found to have set (default: pressure)")
     petals.add_argument("--freeze-threshold", type=float, help="of the pressure rule (default: 0.1)")
-    petals.add_argument("--grow", help="off, auto or STEP[:blocks|petals|thaw|widen=D|BOB+BOB],... (default: off)")
+    petals.add_argument(
+        "--grow", help="off, auto or STEP[:blocks|petals|petals=N|thaw|widen=D|BOB+BOB],... (default: off)"
+    )
     petals.add_argument("--grow-rule", help="student-t or phi: when auto adds petals (default: student-t)")
     petals.add_argument("--grow-by", help="petals or blocks: what auto adds (default: petals)")
     petals.add_argument("--grow-left", help="frozen or thawed: whether grown trees go on learning (default: frozen)")

@@ -96,16 +96,17 @@ class DirichletRouter(nn.Module):
             self.old_mean.copy_(flat.mean(0))
             self.new_mean.copy_(self.old_mean)
             self.variance.copy_(flat.var(0, correction=0).clamp(min=1e-4))
-        apart = self.new_mean - self.old_mean
-        direction = apart / self.variance
-        distance = apart @ direction
-        score = (x - (self.new_mean + self.old_mean) / 2) @ direction
-        log_odds = score * (distance / self.spread)
+        old, new = self.old_mean.to(x.dtype), self.new_mean.to(x.dtype)
+        direction = (new - old) / self.variance.to(x.dtype)
+        distance = (new - old) @ direction
+        score = (x - (new + old) / 2) @ direction
+        log_odds = score * (distance / self.spread.to(x.dtype))
         if self.training:
             remembered = self.old_mean.any()
-            mean = torch.where(remembered, x.mean((0, 1)), self.new_mean)
+            mean = torch.where(remembered, x.mean((0, 1)), new)
             self.new_mean.lerp_(mean.to(self.new_mean.dtype), 1 - LOAD_MEMORY)
-            self.spread.lerp_((score - distance / 2).square().mean().clamp(min=1e-6), 1 - LOAD_MEMORY)
+            spread = (score - distance / 2).square().mean().clamp(min=1e-6)
+            self.spread.lerp_(spread.to(self.spread.dtype), 1 - LOAD_MEMORY)
         return log_odds.unsqueeze(-1)
 
     def forward(self, x: Tensor) -> Tensor:

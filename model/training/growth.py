@@ -7,17 +7,21 @@ from model.agiformer import AGIFormer
 from model.layers.pyramid import learning_leaves
 from model.petals.growth import new_petals
 
-_ENTRY = re.compile(r"(\d+)(?::(blocks|petals|thaw|widen=(\d+)|\d+(?:\+\d+)*))?")
-ACCEPTED = "off, auto, or STEP[:WHAT],... with WHAT blocks, petals, thaw, widen=D_MODEL or BoBs as 0+1+2"
+_ENTRY = re.compile(r"(\d+)(?::(blocks|petals(?:=([1-9]\d*))?|thaw|widen=(\d+)|\d+(?:\+\d+)*))?")
+ACCEPTED = "off, auto, or STEP[:WHAT],... with WHAT blocks, petals, petals=N, thaw, widen=D_MODEL or BoBs as 0+1+2"
 
 
 @dataclass(frozen=True)
 class GrowthStep:
-    """One planned event: before `step`, `kind` "blocks", "petals", "thaw" or "widen"; `bobs` () means all."""
+    """One planned event: before `step`, `kind` "blocks", "petals", "thaw" or "widen".
+
+    `bobs` () means all; `petals` per hull, 0 for half as many as there are; `d_model` of "widen".
+    """
 
     step: int
     kind: str
     bobs: tuple[int, ...] = ()
+    petals: int = 0
     d_model: int = 0
 
 
@@ -34,8 +38,10 @@ def parse_growth(text: str) -> tuple[GrowthStep, ...]:
         match = _ENTRY.fullmatch(entry.strip())
         if not match:
             raise ValueError(f"grow={text!r}: {entry!r} is not accepted; accepted is {ACCEPTED}")
-        step, what, width = int(match[1]), match[2] or "blocks", match[3]
-        if width:
+        step, what, petals, width = int(match[1]), match[2] or "blocks", match[3], match[4]
+        if petals:
+            plan.append(GrowthStep(step, "petals", petals=int(petals)))
+        elif width:
             plan.append(GrowthStep(step, "widen", d_model=int(width)))
         elif what[0].isdigit():
             plan.append(GrowthStep(step, "blocks", tuple(int(bob) for bob in what.split("+"))))
@@ -62,7 +68,7 @@ def carry_out(model: AGIFormer, step: GrowthStep, thawed: bool = False) -> list[
         elif step.kind == "thaw":
             model.thaw(bob)
         else:
-            model.add_petals(bob, half_more(model, bob))
+            model.add_petals(bob, step.petals or half_more(model, bob))
     return list(model.config.growth[before:])
 
 

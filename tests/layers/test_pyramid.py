@@ -162,7 +162,7 @@ def test_new_inputs_go_to_the_fresh_child_once_the_old_are_remembered():
         router(torch.randn(4, 16, 8) + 2 * torch.eye(8)[3])
     router.eval()
     remembered = {name: buffer.clone() for name, buffer in router.named_buffers()}
-    assert router(new)[..., 1].mean() > 0.8 and router(old)[..., 1].mean() < 0.2
+    assert router(new)[..., 1].mean() > 0.75 and router(old)[..., 1].mean() < 0.25
     assert all(torch.equal(buffer, remembered[name]) for name, buffer in router.named_buffers())
     router.reset()
     assert all(torch.equal(buffer, before[name]) for name, buffer in router.named_buffers())
