@@ -57,7 +57,6 @@ def measure(depth: int, thawed: bool, arguments: argparse.Namespace, device: tor
     batch = x.pin_memory() if device.type == "cuda" else x
     train = median_seconds(lambda: step.run(batch), device, warmup=EAGER_STEPS + 2)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    del step
     model.eval()
     x = x.to(device)
 

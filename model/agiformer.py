@@ -213,22 +213,6 @@ class AGIFormer(nn.Module):
         if isinstance(d_model, bool) or not isinstance(d_model, int) or d_model <= self.width or d_model % E:
             raise ValueError(f"d_model={d_model!r}: accepted is a multiple of {E} greater than {self.width}")
 
-    @torch.no_grad()
-    def remember(self, x: Tensor) -> None:
-        """Show the routers bytes x [B, L] of what the model knows, straight after `grow`."""
-        routers = [
-            module.router for module in self.modules() if isinstance(module, Node) and not module.router.old_mean.any()
-        ]
-        for router in routers:
-            router.remembering = True
-        training = self.training
-        try:
-            self.eval()(x)
-        finally:
-            self.train(training)
-            for router in routers:
-                router.remembering = False
-
     def _chosen(self, bob: int | None) -> range | list[int]:
         count = len(self.bobs())
         if bob is None:

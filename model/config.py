@@ -52,6 +52,8 @@ class AGIFormerConfig:
             raise ValueError(f"memory_rule={self.memory_rule!r}: accepted are {', '.join(MEMORY_RULES)}")
         if self.hull not in HULLS:
             raise ValueError(f"hull={self.hull!r}: accepted are {', '.join(HULLS)}")
+        if not isinstance(self.growth, tuple | list):
+            raise ValueError(f"growth={self.growth!r}: accepted is a list of changes such as 'grow 0'")
         object.__setattr__(self, "growth", tuple(self.growth))  # JSON has lists
         for change in self.growth:
             if not isinstance(change, str) or not GROWTH.fullmatch(change):

@@ -214,37 +214,6 @@ def test_frozen_trees_keep_their_plasticity(nano):
     assert torch.equal(logits(model, x), before[0])
 
 
-@torch.no_grad()
-def test_remembering_changes_no_bit_straight_after_growth(nano):
-    model = copy.deepcopy(nano["convex"])
-    x = random_bytes(1, 80)
-    before = all_logits(model, x)
-    model.grow()
-    seen = {}
-    for i, node in enumerate(model.blocks):
-        node.router.register_forward_pre_hook(lambda module, inputs, i=i: seen.update({i: inputs[0].flatten(0, 1)}))
-    model.remember(random_bytes(3, 60, seed=8))
-    assert model.training and not model.blocks[0].left.training
-    for i, node in enumerate(model.blocks):
-        torch.testing.assert_close(node.router.old_mean, seen[i].mean(0))
-        assert torch.equal(node.router.new_mean, node.router.old_mean) and not node.router.remembering
-    assert same(all_logits(model, x), before)
-    # A second growth shows the new routers alone what is known by then.
-    old = model.blocks[0].router.old_mean.clone()
-    model.grow(0)
-    model.remember(random_bytes(3, 60, seed=9))
-    assert torch.equal(model.blocks[0].left.router.old_mean, old) and model.blocks[0].router.old_mean.any()
-    assert same(all_logits(model, x), before)
-
-
-def test_remembering_fails_cleanly(nano):
-    model = copy.deepcopy(nano["convex"])
-    model.grow(0)
-    with pytest.raises(ValueError, match="accepted are integer bytes"):
-        model.remember(torch.zeros(1, 3))
-    assert model.training and not model.blocks[0].router.remembering and not model.blocks[0].router.old_mean.any()
-
-
 def test_growth_is_exact_with_petals_asleep(nano):
     model = copy.deepcopy(nano["convex"])
     x = random_bytes(2, 60)
@@ -266,7 +235,6 @@ def test_grown_models_of_other_types_run(dtype):
     model.grow()
     model.widen(48)
     model.add_petals(n=1)
-    model.remember(x)
     assert torch.equal(logits(model, x), before) and torch.equal(logits(model, x, True), before)
 
 

@@ -61,6 +61,7 @@ class ByteStream:
     @torch.no_grad()
     def logits(self) -> Tensor:
         """Logits of the next byte, [B, 256] float32."""
+        self._check_model()
         return self.model.head.logits(self._hidden)
 
     def clone(self) -> "ByteStream":
@@ -76,7 +77,12 @@ class ByteStream:
         tensors += self._trunk.tensors()
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
+    def _check_model(self) -> None:
+        if self.model.config.growth != self._growth:
+            raise ValueError("ByteStream: its model has grown since it began; accepted is a new stream, fed again")
+
     def _check(self, x: Tensor) -> Tensor:
+        self._check_model()
         if x.dim() != 2 or x.shape[0] != self.batch_size or x.is_floating_point() or x.dtype == torch.bool:
             raise ValueError(
                 f"x is {x.dtype} of shape {tuple(x.shape)}: accepted are integer bytes [{self.batch_size}, n]"
@@ -85,8 +91,16 @@ class ByteStream:
 
     def _advance(self, latents: Tensor) -> Tensor:
         """Latents [B, T, D] through trunk and reasoning, carrying the state."""
-        if self.model.config.growth != self._growth:
-            raise ValueError("ByteStream: its model has grown since it began; accepted is a new stream, fed again")
+        training = self.model.training
+        if training:  # routers would draw samples
+            self.model.eval()
+        try:
+            return self._read_patches(latents)
+        finally:
+            if training:
+                self.model.train()
+
+    def _read_patches(self, latents: Tensor) -> Tensor:
         z, state = self.model.trunk(latents, self._trunk)
         # The window caches are views of all keys of the piece: a copy lets go of what has left the window.
         self._trunk = state.clone() if latents.shape[1] > 1 else state

@@ -19,6 +19,7 @@ except ImportError:  # the PyTorch form does everywhere
     triton = None
 
 BLOCK = 1024
+MOST_PETALS = 64  # of a group, in the kernel
 
 
 def signed_hull(o: Tensor, tau: Tensor, impl: str = "auto") -> Tensor:
@@ -31,8 +32,9 @@ def signed_hull(o: Tensor, tau: Tensor, impl: str = "auto") -> Tensor:
     if impl == "triton" and triton is None:
         raise ValueError("impl='triton': needs the package triton; accepted here are auto and torch")
     if impl == "auto":
-        # float64 is for references: the kernel works in float32.
-        impl = "triton" if o.is_cuda and triton is not None and o.dtype != torch.float64 else "torch"
+        # float64 is for references: the kernel works in float32. Its loop over petals is unrolled.
+        fits = o.is_cuda and o.dtype != torch.float64 and o.shape[0] <= MOST_PETALS and o.shape[1] * o.shape[2] > 2
+        impl = "triton" if fits and triton is not None else "torch"
     return _SignedHull.apply(o.contiguous(), tau) if impl == "triton" else _signed_hull(o, tau)
 
 

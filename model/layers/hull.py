@@ -262,6 +262,8 @@ class HullLayer(nn.Module):
 
     def __init__(self, dim: int, petals: int, budget: int, kind: str):
         super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r}: accepted are {', '.join(KINDS)}")
         self.dim = dim
         self.kind = KINDS[kind]
         self.petal_width = self.kind.width_for(dim, petals, budget)

@@ -52,7 +52,8 @@ class DirichletRouter(nn.Module):
     """Weights of the children per position, from a Dirichlet distribution (seed 003, o3's tip).
 
     The concentrations come from the input: c = (softplus(W norm(x) + b) + 1/2) / temperature. Training draws a sample,
-    evaluation takes the mean. The temperature falls with every training step, and the sample closes in on the mean.
+    evaluation takes the mean. The temperature falls with every forward pass in training, and the sample closes in on
+    the mean.
     """
 
     def __init__(self, d_model: int, children: int = 2):
@@ -60,17 +61,8 @@ class DirichletRouter(nn.Module):
         self.concentration = nn.Linear(d_model, children)
         self.temperature: Tensor
         self.load: Tensor
-        self.old_mean: Tensor
-        self.new_mean: Tensor
-        self.variance: Tensor
-        self.spread: Tensor
-        self.remembering = False  # whether the next inputs are what the left child knows
         self.register_buffer("temperature", torch.tensor(HOTTEST))
         self.register_buffer("load", torch.full((children,), 1 / children))
-        self.register_buffer("old_mean", torch.zeros(d_model))
-        self.register_buffer("new_mean", torch.zeros(d_model))
-        self.register_buffer("variance", torch.ones(d_model))
-        self.register_buffer("spread", torch.ones(()))
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -79,35 +71,6 @@ class DirichletRouter(nn.Module):
         self.concentration.bias.zero_()
         self.temperature.fill_(HOTTEST)
         self.load.fill_(1 / self.load.numel())
-        self.old_mean.zero_()
-        self.new_mean.zero_()
-        self.variance.fill_(1.0)
-        self.spread.fill_(1.0)
-
-    @torch.no_grad()
-    def novelty(self, x: Tensor) -> Tensor:
-        """Log-odds that x [B, T, D] is of what came after growth, [B, T, 1]; 0 when nothing was remembered.
-
-        Linear discriminant between the mean input that the left tree was trained on (`AGIFormer.remember`) and the
-        running mean of what training has shown since.
-        """
-        if self.remembering:
-            flat = x.flatten(0, 1)
-            self.old_mean.copy_(flat.mean(0))
-            self.new_mean.copy_(self.old_mean)
-            self.variance.copy_(flat.var(0, correction=0).clamp(min=1e-4))
-        old, new = self.old_mean.to(x.dtype), self.new_mean.to(x.dtype)
-        direction = (new - old) / self.variance.to(x.dtype)
-        distance = (new - old) @ direction
-        score = (x - (new + old) / 2) @ direction
-        log_odds = score * (distance / self.spread.to(x.dtype))
-        if self.training:
-            remembered = self.old_mean.any()
-            mean = torch.where(remembered, x.mean((0, 1)), new)
-            self.new_mean.lerp_(mean.to(self.new_mean.dtype), 1 - LOAD_MEMORY)
-            spread = (score - distance / 2).square().mean().clamp(min=1e-6)
-            self.spread.lerp_(spread.to(self.spread.dtype), 1 - LOAD_MEMORY)
-        return log_odds.unsqueeze(-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D], normalised → weights [B, T, children], which sum to 1; float32 at least."""
@@ -115,17 +78,13 @@ class DirichletRouter(nn.Module):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             weight, bias = self.concentration.weight.to(x.dtype), self.concentration.bias.to(x.dtype)
             concentration = F.softplus(F.linear(x, weight, bias)) + 0.5
-            novelty = self.novelty(x)
-            shares = torch.cat([(-novelty).sigmoid(), novelty.sigmoid()], -1)
             if not self.training:
-                weights = concentration * shares
-                return weights / weights.sum(-1, keepdim=True)
+                return concentration / concentration.sum(-1, keepdim=True)
             # validate_args would look at the values, which waits for the device.
             # A copy: the backward pass needs today's temperature, and it falls before that.
             concentration = concentration / self.temperature.clone()
             dirichlet = torch.distributions.Dirichlet(concentration, validate_args=False)
-            weights = dirichlet.rsample() * shares
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = dirichlet.rsample()
             with torch.no_grad():
                 self.temperature.mul_(COOLING).clamp_(min=COLDEST)
                 self.load.lerp_(weights.mean((0, 1)).to(self.load.dtype), 1 - LOAD_MEMORY)

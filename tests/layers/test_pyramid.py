@@ -128,55 +128,6 @@ def test_router_trains_towards_the_child_that_helps():
     assert mean > 0.75
 
 
-def test_what_is_remembered_is_a_linear_discriminant():
-    """Evaluation: the shares times the odds of being old and new, made to sum to 1; in float64."""
-    router = random_router().eval()
-    g = torch.Generator().manual_seed(1)
-    router.old_mean.normal_(generator=g)
-    router.new_mean.normal_(generator=g)
-    router.variance.uniform_(0.5, 2.0, generator=g)
-    router.spread.fill_(3.0)
-    x = torch.randn(3, 7, 8, generator=g)
-    direction = (router.new_mean.double() - router.old_mean.double()) / router.variance.double()
-    score = (x.double() - (router.new_mean.double() + router.old_mean.double()) / 2) @ direction
-    odds = score * ((router.new_mean.double() - router.old_mean.double()) @ direction) / 3.0
-    c = concentrations(router, x) * torch.stack([1 / (1 + odds.exp()), 1 / (1 + (-odds).exp())], -1)
-    torch.testing.assert_close(router(x).double(), c / c.sum(-1, keepdim=True), rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_new_inputs_go_to_the_fresh_child_once_the_old_are_remembered():
-    """Two clouds of inputs, two standard deviations apart along one direction."""
-    router = random_router(std=0.0)
-    old, new = torch.randn(4, 250, 8), torch.randn(4, 250, 8) + 2 * torch.eye(8)[3]
-    before = {name: buffer.clone() for name, buffer in router.named_buffers()}
-    torch.testing.assert_close(router.eval()(old), torch.full((4, 250, 2), 0.5))
-    router.remembering = True
-    router(old)
-    router.remembering = False
-    torch.testing.assert_close(router.old_mean, old.mean((0, 1)))
-    torch.testing.assert_close(router.variance, old.flatten(0, 1).var(0, correction=0))
-    torch.testing.assert_close(router(new), torch.full((4, 250, 2), 0.5))  # nothing new was seen yet
-    router.train()
-    for _ in range(400):
-        router(torch.randn(4, 16, 8) + 2 * torch.eye(8)[3])
-    router.eval()
-    remembered = {name: buffer.clone() for name, buffer in router.named_buffers()}
-    assert router(new)[..., 1].mean() > 0.75 and router(old)[..., 1].mean() < 0.25
-    assert all(torch.equal(buffer, remembered[name]) for name, buffer in router.named_buffers())
-    router.reset()
-    assert all(torch.equal(buffer, before[name]) for name, buffer in router.named_buffers())
-
-
-@torch.no_grad()
-def test_a_router_that_was_shown_nothing_gives_no_opinion():
-    router = random_router(std=0.0)
-    for _ in range(100):
-        router(torch.randn(2, 16, 8) + 5)
-    assert not router.old_mean.any() and not router.new_mean.any()
-    torch.testing.assert_close(router.eval()(torch.randn(2, 16, 8) * 9), torch.full((2, 16, 2), 0.5))
-
-
 def test_router_is_float32_under_autocast():
     router = random_router().eval()
     x = torch.randn(2, 9, 8).bfloat16()
