@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         "--freeze", help="what becomes of petals that have set: off, cryogenic, chrysalis (default: off)"
     )
     petals.add_argument("--freeze-rule", help="pressure or kl: how a petal is found to have set (default: pressure)")
-    petals.add_argument("--freeze-threshold", type=float, help="of the pressure rule (default: 0.1)")
+    petals.add_argument("--freeze-threshold", type=float, help="of the pressure rule (default: 0.6)")
     petals.add_argument(
         "--grow", help="off, auto or STEP[:blocks|petals|petals=N|thaw|widen=D|BOB+BOB],... (default: off)"
     )

@@ -1,6 +1,8 @@
-"""The feed-forward layer of a block."""
+"""The feed-forward layer of the reasoning block."""
 
 from torch import Tensor, nn
+
+from model.kernels.elementwise import squared_relu
 
 
 class FeedForward(nn.Module):
@@ -12,6 +14,4 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x).relu()
-        # Not .square(): autocast runs powers in float32, four times the memory traffic of this product.
-        return self.down(hidden * hidden)
+        return self.down(squared_relu(self.up(x)))

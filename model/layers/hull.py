@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.kernels.elementwise import split_signs, squared_relu
 from model.kernels.hull import log_mean_exp, signed_hull
 
 # What a petal is: it learns; its steps are divided (optimizer's job); its gradients are not even computed.
@@ -180,11 +181,9 @@ class ConvexPetals(PetalGroup):
         return torch.cat(parts)
 
     def _outputs(self, x: Tensor, up: Tensor, bias: Tensor, down: Tensor) -> Tensor:
-        hidden = F.linear(x, up.flatten(0, 1), bias.flatten()).relu()
-        hidden = (hidden * hidden).unflatten(-1, (-1, self.width)).transpose(0, 1)  # [n, N, width]
-        # clamp, not relu: its gradient at 0, where `down` starts, is 1.
-        signed = torch.cat([down.clamp(min=0), (-down).clamp(min=0)], -1)
-        return torch.bmm(hidden, signed.to(hidden.dtype))
+        hidden = squared_relu(F.linear(x, up.flatten(0, 1), bias.flatten()))
+        hidden = hidden.unflatten(-1, (-1, self.width)).transpose(0, 1)  # [n, N, width]
+        return torch.bmm(hidden, split_signs(down, hidden.dtype))
 
     def hulls(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The two convex functions, rising and falling: [..., D] → [..., D] each. For audits."""

@@ -42,11 +42,11 @@ class ViscoelasticOptions:
     """
 
     variant: str = "resistance"  # or "ema": averages of signed updates (seed 003, o3's comment)
-    resistance: float = 0.02  # what a move builds against turning back
+    resistance: float = 0.005  # what a move builds against turning back
     depletion: float = 0.1  # share of the resistance in the way that a move turns round
-    r_max: float = 4.0  # most resistance in one direction: a reversal keeps at least 1 / (1 + r_max)
+    r_max: float = 1.0  # most resistance in one direction: a reversal keeps at least 1 / (1 + r_max)
     heating: float = 0.1  # share of the way up to the push that T takes
-    cooling: float = 0.01  # share of the way down to the push
+    cooling: float = 0.003  # share of the way down to the push
     t_min: float = 0.01  # T never falls below: a weight that is cold can still be moved
     ema: float = 0.99  # variant "ema": what the averages keep
     strength: float = 1.0  # variant "ema": resistance per unit of average push

@@ -48,7 +48,7 @@ class TrainingOptions:
     viscosity: str = "auto"  # damped updates (docs/petals.md): "auto" is "resistance" where petals set by pressure
     freeze: str = "off"  # what becomes of petals that have set
     freeze_rule: str = "pressure"  # how a petal is found to have set
-    freeze_threshold: float = 0.1  # of the pressure rule: share of the peak learning rate
+    freeze_threshold: float = 0.6  # of the pressure rule: share of the peak learning rate
     grow: str = "off"  # "auto", or a plan: model.training.growth
     grow_rule: str = "student-t"  # of "auto": when
     grow_by: str = "petals"  # of "auto": what, "petals" or "blocks"

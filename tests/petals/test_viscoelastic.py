@@ -19,6 +19,7 @@ from model.petals import ViscoelasticAdamW, ViscoelasticOptions, Viscosity, visc
 ROOT = Path(__file__).resolve().parents[2]
 SCALE = 0.2
 PLAIN = {"resistance": 0, "heating": 0, "cooling": 0}
+STIFF = {"resistance": 0.02, "r_max": 4.0, "cooling": 0.01}  # rates that show in some tens of steps
 VARIANTS = ("resistance", "ema")
 STATES = ("int16", "float32")
 
@@ -73,6 +74,7 @@ def one(value: float) -> torch.Tensor:
 
 def moves(updates: list[float], impl: str, **options) -> tuple[list[float], Viscosity | None]:
     """What one weight does, as shares of the plain move of size SCALE (or as it is, for an update of 0)."""
+    options = STIFF | options
     if impl == "scalar":
         weight = Weight(ViscoelasticOptions(**options))
         return [abs(weight.move(u)) / SCALE for u in updates], None
@@ -140,7 +142,7 @@ def test_the_temperature_follows_the_attempt_not_the_move():
 
 
 def test_resting_keeps_the_resistance():
-    viscosity = Viscosity(1, ViscoelasticOptions())
+    viscosity = Viscosity(1, ViscoelasticOptions(**STIFF))
     for update in [0.2] * 20 + [0.0] * 100:
         viscosity.damp_(one(update))
     r_up, r_down = viscosity.resistance()
