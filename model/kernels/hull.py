@@ -35,7 +35,7 @@ def signed_hull(o: Tensor, tau: Tensor, impl: str = "auto") -> Tensor:
         # float64 is for references: the kernel works in float32. Its loop over petals is unrolled.
         fits = o.is_cuda and o.dtype != torch.float64 and o.shape[0] <= MOST_PETALS and o.shape[1] * o.shape[2] > 2
         impl = "triton" if fits and triton is not None else "torch"
-    return _SignedHull.apply(o.contiguous(), tau) if impl == "triton" else _signed_hull(o, tau)
+    return (_SignedHull if impl == "triton" else _SignedHullTorch).apply(o.contiguous(), tau)
 
 
 def log_mean_exp(o: Tensor, tau: Tensor) -> Tensor:
@@ -44,10 +44,34 @@ def log_mean_exp(o: Tensor, tau: Tensor) -> Tensor:
     return largest + torch.log1p(torch.expm1((o - largest) * tau).mean(0)) / tau
 
 
-def _signed_hull(o: Tensor, tau: Tensor) -> Tensor:
-    exact = torch.promote_types(o.dtype, torch.float32)
-    rising, falling = log_mean_exp(o.to(exact), tau.to(exact)).chunk(2, -1)
-    return (o.shape[0] * (rising - falling)).to(o.dtype)
+class _SignedHullTorch(torch.autograd.Function):
+    """By PyTorch's operations, with the gradient written out: half the passes over `o` of what autograd would take."""
+
+    @staticmethod
+    def forward(ctx, o: Tensor, tau: Tensor) -> Tensor:
+        exact = torch.promote_types(o.dtype, torch.float32)
+        scale = tau.to(exact)
+        largest = o.amax(0).to(exact)
+        below = o.to(exact) - largest
+        less = (below * scale).expm1_()
+        mean = less.mean(0)
+        relative = mean.log1p() / scale
+        rising, falling = (largest + relative).chunk(2, -1)
+        ctx.save_for_backward(below, less, mean, relative, tau)
+        ctx.dtype = o.dtype
+        return (o.shape[0] * (rising - falling)).to(o.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        below, less, mean, relative, tau = ctx.saved_tensors
+        grad = grad.to(below.dtype)
+        grad = torch.cat([grad, -grad], -1)  # P of the sum and 1/P of the mean cancel
+        grad_o = (less + 1).mul_(grad / (mean + 1))
+        of_tau = torch.dot(grad_o.flatten(), below.flatten()) - below.shape[0] * torch.dot(
+            grad.flatten(), relative.flatten()
+        )
+        return grad_o.to(ctx.dtype), (of_tau / tau.to(below.dtype)).view(tau.shape).to(tau.dtype)
 
 
 class _SignedHull(torch.autograd.Function):
