@@ -52,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     petals.add_argument(
         "--freeze", help="what becomes of petals that have set: off, cryogenic, chrysalis (default: off)"
     )
+    petals.add_argument("--freeze-at", help="when they may set: evaluations, or STEP,STEP,... (default: evaluations)")
     petals.add_argument("--freeze-rule", help="pressure or kl: how a petal is found to have set (default: pressure)")
     petals.add_argument("--freeze-threshold", type=float, help="of the pressure rule (default: 0.6)")
     petals.add_argument(

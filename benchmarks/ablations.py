@@ -82,6 +82,10 @@ TWICE_PETALS = "{first}:petals,{second}:petals"
 PETALS_TWICE = tuple(f"petals {bob} {n}" for n in (2, 3) for bob in range(6))
 BLOCKS_THAWED = tuple(f"{change} {bob}" for change in ("grow", "thaw") for bob in range(6))
 
+# Petals may set when the first stage ends, and never after: those that have by pressure, or all of them.
+SET_ONCE = {"freeze": "chrysalis", "freeze_at": "{first}", "freeze_threshold": 0.85}
+ALL_ONCE = {"freeze": "chrysalis", "freeze_at": "{first}", "freeze_threshold": 2.0, "viscosity": "off"}
+
 VARIANTS = {
     "default": Variant(),
     "batch-8": Variant({"batch_size": 8, "lr": 3e-3}),
@@ -111,10 +115,16 @@ VARIANTS = {
     "blocks-twice-thawed": Variant({"grow": HALF_AND_HALF, "grow_left": "thawed"}),
     "blocks-from-the-start": Variant(config={"growth": BLOCKS_THAWED}),
     # freezing
-    "viscous": Variant({"viscosity": "resistance"}),
-    "viscous-ema": Variant({"viscosity": "ema"}),
-    "cryogenic": Variant({"freeze": "cryogenic"}),
-    "chrysalis": Variant({"freeze": "chrysalis"}),
+    "viscous": Variant({"viscosity": "resistance", "lr": 5e-3}),
+    "viscous-ema": Variant({"viscosity": "ema", "lr": 5e-3}),
+    "cryogenic": Variant({"freeze": "cryogenic", "lr": 5e-3}),
+    "chrysalis": Variant({"freeze": "chrysalis", "lr": 5e-3}),
+    "petals-8": Variant({"grow": "{first}:petals=8"}),
+    "petals-8-all-set": Variant({"grow": "{first}:petals=8"} | ALL_ONCE),
+    "petals-8-set": Variant({"grow": "{first}:petals=8", "lr": 5e-3} | SET_ONCE),
+    "adamw-petals-8": Variant({"optimizer": "adamw", "lr": 1e-3, "grow": "{first}:petals=8"}),
+    "adamw-petals-8-set": Variant({"optimizer": "adamw", "lr": 1.25e-3, "grow": "{first}:petals=8"} | SET_ONCE),
+    "auto": Variant({"grow": "auto", "freeze": "cryogenic", "lr": 5e-3}),
 }
 
 
@@ -127,8 +137,9 @@ def run(name: str, arguments: argparse.Namespace, device: torch.device) -> list[
     # Another batch size means as many more steps on the same bytes.
     steps = options.steps * options.batch_size // variant.options.get("batch_size", options.batch_size)
     changes = dict(variant.options)
-    if "grow" in changes:
-        changes["grow"] = changes["grow"].format(first=round(FIRST * steps), second=round(SECOND * steps))
+    for name_of in ("grow", "freeze_at"):
+        if name_of in changes:
+            changes[name_of] = changes[name_of].format(first=round(FIRST * steps), second=round(SECOND * steps))
     every = max(1, steps // 10) if changes.get("freeze", "off") != "off" else steps
     options = replace(options, steps=steps, eval_every=every, save_every=steps)
     prepare_folder(Path(arguments.out) / name)

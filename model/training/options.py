@@ -48,6 +48,7 @@ class TrainingOptions:
     viscosity: str = "auto"  # damped updates (docs/petals.md): "auto" is "resistance" where petals set by pressure
     freeze: str = "off"  # what becomes of petals that have set
     freeze_rule: str = "pressure"  # how a petal is found to have set
+    freeze_at: str = "evaluations"  # when petals may set: at every evaluation, or at STEP,STEP,... only
     freeze_threshold: float = 0.6  # of the pressure rule: share of the peak learning rate
     grow: str = "off"  # "auto", or a plan: model.training.growth
     grow_rule: str = "student-t"  # of "auto": when
@@ -77,12 +78,15 @@ class TrainingOptions:
         ):
             self._accept(name, f"one of {', '.join(accepted)}", lambda v, accepted=accepted: v in accepted)
         self._accept("freeze_threshold", "a number > 0", lambda v: 0 < v < float("inf"))
-        if self.freeze != "off" and self.freeze_rule == "pressure" and self.viscosity == "off":
-            raise ValueError("viscosity='off': accepted with freezing by pressure are auto, resistance, ema")
         if self.grow == "auto" and self.freeze == "off":
             raise ValueError(
                 "freeze='off': accepted with grow='auto' are cryogenic, chrysalis, as it counts set petals"
             )
+        for step in self.freeze_steps or ():
+            if not 0 < step <= self.steps:
+                raise ValueError(
+                    f"freeze_at={self.freeze_at!r}: step {step}, accepted are steps from 1 to {self.steps}"
+                )
         for step in parse_growth(self.grow):
             if step.step >= self.steps:
                 raise ValueError(f"grow={self.grow!r}: step {step.step}, accepted are steps before {self.steps}")
@@ -121,8 +125,19 @@ class TrainingOptions:
     @property
     def crystallization(self) -> CrystallizationOptions:
         """When petals set, and what becomes of them."""
-        # Petals are observed at evaluations, and the first of these comes after the warm-up of the learning rate.
-        return CrystallizationOptions(self.freeze, self.freeze_rule, self.freeze_threshold, warmup=1)
+        # Of the evaluations the first comes when the learning rate has only just risen.
+        warmup = 1 if self.freeze_steps is None else 0
+        return CrystallizationOptions(self.freeze, self.freeze_rule, self.freeze_threshold, warmup=warmup)
+
+    @property
+    def freeze_steps(self) -> tuple[int, ...] | None:
+        """The steps at which petals may set, or None for all evaluations."""
+        if self.freeze_at == "evaluations":
+            return None
+        parts = self.freeze_at.split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            raise ValueError(f"freeze_at={self.freeze_at!r}: accepted are evaluations, or steps as 131,350")
+        return tuple(int(part) for part in parts)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for checkpoints and metrics."""

@@ -117,7 +117,7 @@ def _options(
         # So that the run can be resumed from another folder.
         arguments.curriculum = str(Path(arguments.curriculum).resolve())
     names = ("steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "warmup", "decay", "clip", "amp")
-    names += ("seed", "eval_every", "save_every", "viscosity", "freeze", "freeze_rule", "freeze_threshold")
+    names += ("seed", "eval_every", "save_every", "viscosity", "freeze", "freeze_at", "freeze_rule", "freeze_threshold")
     names += ("grow", "grow_rule", "grow_by", "grow_left")
     given = {name: getattr(arguments, name) for name in names}
     for name in ("hull", "petals"):

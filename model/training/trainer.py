@@ -220,7 +220,8 @@ class Trainer:
         """Whether this step's evaluation is still to be made: a stop may have come between step and evaluation."""
         evaluations = self.metrics.data["evaluations"]
         done = evaluations[-1]["step"] if evaluations else 0
-        return self.step > done and (self.step in self.boundaries or self.step % self.options.eval_interval == 0)
+        wanted = {*self.boundaries, *(self.options.freeze_steps or ())}
+        return self.step > done and (self.step in wanted or self.step % self.options.eval_interval == 0)
 
     def _save_due(self) -> bool:
         due = self.step % self.options.save_interval == 0 or self.step == self.options.steps
@@ -278,7 +279,7 @@ class Trainer:
         loads = {name: module.router.load.tolist() for name, module in self.model.named_modules() if _routes(module)}
         if loads:
             row["router_load"] = loads
-        if options.freeze != "off":
+        if options.freeze != "off" and (options.freeze_steps is None or self.step in options.freeze_steps):
             events = self.crystallization.observe(
                 self.step, optimizer.lr.item(), options.lr, optimizer.mobility if optimizer.viscosity else None
             )
@@ -288,8 +289,9 @@ class Trainer:
                     self.training_step.recapture()
             for event in events:
                 self.metrics.event("petal_set", **event)
-            solid, total = self.crystallization.counts()
             self.freezing.record(self.step, len(events))
+        if options.freeze != "off":
+            solid, total = self.crystallization.counts()
             row |= {"solid": solid, "total": total}
             self._petals_text = f" petals {solid}/{total} solid"
             if options.grow == "auto":

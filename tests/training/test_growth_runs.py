@@ -19,6 +19,7 @@ from tests.training.test_train_script import RUN, curriculum, environment, ident
 
 GROWING = ["--grow", "12:petals,20:blocks,31:0,40:widen=48,50:thaw"]
 FREEZING = ["--freeze", "cryogenic", "--freeze-threshold", "0.85"]
+FROZEN_ONCE = ["--freeze", "chrysalis", "--freeze-at", "20", "--freeze-threshold", "2", "--grow", "20:petals=3"]
 
 
 def trained(steps: int = 3, **options):
@@ -147,7 +148,9 @@ def test_viscous_updates_are_the_reference_applied_to_plain_ones():
     assert (expected - plain.values).abs().max() > 1e-4  # and it does something
 
 
-@pytest.mark.parametrize("extra", [GROWING, FREEZING, [*GROWING, "--freeze", "chrysalis", "--freeze-rule", "kl"]])
+@pytest.mark.parametrize(
+    "extra", [GROWING, FREEZING, FROZEN_ONCE, [*GROWING, "--freeze", "chrysalis", "--freeze-rule", "kl"]]
+)
 def test_a_growing_run_stopped_and_resumed_is_bit_identical(extra, curriculum, environment, tmp_path):  # noqa: F811
     """Resumed twice, from saves on both sides of growth; routers sample and petals set on the way."""
     arguments = [*RUN, "--curriculum", curriculum, "--steps", 60, "--save-every", 5, *extra]
@@ -169,7 +172,10 @@ def test_a_growing_run_stopped_and_resumed_is_bit_identical(extra, curriculum, e
         train(environment, "--resume", "--out", out, "--quiet", "--sample-bytes", 20)
         assert identical(out, tmp_path / "whole")
     data = metrics(tmp_path / "whole")
-    if "--grow" in extra:
+    if extra is FROZEN_ONCE:  # what was there at step 20 sets, what is added then does not
+        assert {row["solid"] for row in data["hulls"] if row["step"] >= 20} == {4}
+        assert data["hulls"][-1]["total"] == 7
+    elif "--grow" in extra:
         assert [(e["step"], e["what"]) for e in data["growth"]] == [
             (12, "petals"), (20, "blocks"), (31, "blocks"), (40, "widen"), (50, "thaw"),
         ]  # fmt: skip
@@ -214,8 +220,9 @@ def test_petals_set_and_the_model_grows_by_itself(curriculum, environment, tmp_p
         (["--grow", "auto"], "freeze='off': accepted with grow='auto' are cryogenic, chrysalis"),
         (["--grow", "5:7"], "bob=7: accepted is an index from 0 to 0"),
         (["--grow", "5:widen=40"], "d_model=40: accepted is a multiple of 16 greater than 32"),
+        (["--freeze", "chrysalis", "--freeze-at", "soon"], "freeze_at='soon': accepted are evaluations, or steps"),
+        (["--freeze", "chrysalis", "--freeze-at", "99"], "freeze_at='99': step 99, accepted are steps from 1 to 60"),
         (["--freeze", "hard"], "freeze='hard': accepted is one of off, cryogenic, chrysalis"),
-        (["--freeze", "cryogenic", "--viscosity", "off"], "viscosity='off': accepted with freezing by pressure"),
         (["--hull", "relu"], "hull='relu': accepted are convex, swiglu"),
         (["--petals", "0"], "petals=0: accepted is an integer from 1 to 4096"),
     ],
