@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     petals.add_argument("--freeze-at", help="when they may set: evaluations, or STEP,STEP,... (default: evaluations)")
     petals.add_argument("--freeze-rule", help="pressure or kl: how a petal is found to have set (default: pressure)")
-    petals.add_argument("--freeze-threshold", type=float, help="of the pressure rule (default: 0.6)")
+    petals.add_argument("--freeze-threshold", type=float, help="of the rule (default: 0.6 for pressure, 0.01 for kl)")
     petals.add_argument(
         "--grow", help="off, auto or STEP[:blocks|petals|petals=N|thaw|widen=D|BOB+BOB],... (default: off)"
     )

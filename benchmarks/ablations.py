@@ -70,17 +70,27 @@ class Variant:
 
     options: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    growth: Callable[[int], tuple[str, ...]] = lambda n_layers: ()  # of the model at the start, by its blocks
     curriculum: Callable[[Curriculum], Curriculum] = lambda curriculum: curriculum
     model: Callable[[AGIFormer], None] = lambda model: None
     trainer: Callable[[Trainer], None] = lambda trainer: None
 
 
-# Plans of growth, for six blocks: at the ends of the first two stages of the default curriculum's 15 / 25 / 60%.
+# Plans of growth: at the ends of the first two stages of the default curriculum's 15 / 25 / 60%.
 FIRST, SECOND = 0.15, 0.40
-HALF_AND_HALF = "{first}:0+1+2,{second}:3+4+5"
+HALF_AND_HALF = "{first}:{lower},{second}:{upper}"
 TWICE_PETALS = "{first}:petals,{second}:petals"
-PETALS_TWICE = tuple(f"petals {bob} {n}" for n in (2, 3) for bob in range(6))
-BLOCKS_THAWED = tuple(f"{change} {bob}" for change in ("grow", "thaw") for bob in range(6))
+
+
+def petals_twice(n_layers: int) -> tuple[str, ...]:
+    """What TWICE_PETALS comes to, from the start."""
+    return tuple(f"petals {bob} {n}" for n in (2, 3) for bob in range(n_layers))
+
+
+def blocks_thawed(n_layers: int) -> tuple[str, ...]:
+    """What HALF_AND_HALF comes to, from the start, all of it learning."""
+    return tuple(f"{change} {bob}" for change in ("grow", "thaw") for bob in range(n_layers))
+
 
 # Petals may set when the first stage ends, and never after: those that have by pressure, or all of them.
 SET_ONCE = {"freeze": "chrysalis", "freeze_at": "{first}", "freeze_threshold": 0.85}
@@ -110,10 +120,10 @@ VARIANTS = {
     "8-petals": Variant(config={"petals": 8}),
     # growth: twice, where the stages end, against the final size from the start
     "petals-twice": Variant({"grow": TWICE_PETALS}),
-    "petals-from-the-start": Variant(config={"growth": PETALS_TWICE}),
+    "petals-from-the-start": Variant(growth=petals_twice),
     "blocks-twice": Variant({"grow": HALF_AND_HALF}),
     "blocks-twice-thawed": Variant({"grow": HALF_AND_HALF, "grow_left": "thawed"}),
-    "blocks-from-the-start": Variant(config={"growth": BLOCKS_THAWED}),
+    "blocks-from-the-start": Variant(growth=blocks_thawed),
     # freezing
     "viscous": Variant({"viscosity": "resistance", "lr": 5e-3}),
     "viscous-ema": Variant({"viscosity": "ema", "lr": 5e-3}),
@@ -137,14 +147,20 @@ def run(name: str, arguments: argparse.Namespace, device: torch.device) -> list[
     # Another batch size means as many more steps on the same bytes.
     steps = options.steps * options.batch_size // variant.options.get("batch_size", options.batch_size)
     changes = dict(variant.options)
-    for name_of in ("grow", "freeze_at"):
-        if name_of in changes:
-            changes[name_of] = changes[name_of].format(first=round(FIRST * steps), second=round(SECOND * steps))
+    config = replace(AGIFormerConfig.preset(arguments.preset).with_settings(arguments.set), **variant.config)
+    config = replace(config, growth=variant.growth(config.n_layers))
+    half = (config.n_layers + 1) // 2
+    names = {"first": round(FIRST * steps), "second": round(SECOND * steps)}
+    names["lower"] = "+".join(str(bob) for bob in range(half))
+    names["upper"] = "+".join(str(bob) for bob in range(half, config.n_layers))
+    for option in ("grow", "freeze_at"):
+        if option in changes:
+            changes[option] = changes[option].format(**names)
     every = max(1, steps // 10) if changes.get("freeze", "off") != "off" else steps
     options = replace(options, steps=steps, eval_every=every, save_every=steps)
     prepare_folder(Path(arguments.out) / name)
     trainer = Trainer(
-        replace(AGIFormerConfig.preset(arguments.preset).with_settings(arguments.set), **variant.config),
+        config,
         replace(options, **changes),
         variant.curriculum(load_curriculum(arguments.curriculum)),
         out=Path(arguments.out) / name,

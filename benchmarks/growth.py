@@ -67,7 +67,7 @@ def measure(depth: int, thawed: bool, arguments: argparse.Namespace, device: tor
 
     infer = median_seconds(forward, device)
     stream = ByteStream(model, 1)
-    text = x[:1, :64]
+    text = torch.randint(0, 256, (1, 64), device=device)
     streamed = median_seconds(lambda: [stream.feed(text[:, i : i + 1]) for i in range(64)], device, warmup=1)
     return [
         str(depth),

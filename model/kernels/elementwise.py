@@ -1,7 +1,8 @@
 """Elementwise parts of the feed-forward layers, each read and written once in each direction.
 
 Notable: eager PyTorch takes two passes forward and four back for a squared ReLU, and a dozen small kernels to split a
-matrix by sign. Both are bound by memory, so that passes are time. The results are the same to the bit.
+matrix by sign. Both are bound by memory, so that passes are time. The results are the same to the bit where input and
+output have one type; a split into a narrower type subtracts its gradients before rounding, PyTorch's form after.
 """
 
 import torch

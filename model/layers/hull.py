@@ -261,6 +261,8 @@ class HullLayer(nn.Module):
 
     def __init__(self, dim: int, petals: int, budget: int, kind: str):
         super().__init__()
+        if isinstance(petals, bool) or not isinstance(petals, int) or petals < 1:
+            raise ValueError(f"petals={petals!r}: accepted is an integer ≥ 1")
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r}: accepted are {', '.join(KINDS)}")
         self.dim = dim
@@ -275,6 +277,8 @@ class HullLayer(nn.Module):
 
     def add_petals(self, n: int) -> None:
         """Add a group of n petals, as wide as those that are there. The output does not change in the last bit."""
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n={n!r}: accepted is an integer ≥ 1")
         group = self.kind(self.dim, n, self.petal_width)
         like = next(self.parameters())
         self.groups.append(group.to(like).train(self.training))

@@ -87,7 +87,9 @@ class DirichletRouter(nn.Module):
             weights = dirichlet.rsample()
             with torch.no_grad():
                 self.temperature.mul_(COOLING).clamp_(min=COLDEST)
-                self.load.lerp_(weights.mean((0, 1)).to(self.load.dtype), 1 - LOAD_MEMORY)
+                # A step that is skipped for numbers that are not finite leaves nothing of them here either.
+                mean = weights.mean((0, 1)).to(self.load.dtype)
+                self.load.lerp_(torch.where(mean.isfinite(), mean, self.load), 1 - LOAD_MEMORY)
             return weights
 
 

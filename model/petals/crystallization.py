@@ -268,8 +268,9 @@ class Crystallization:
                     torch.zeros(n, dtype=torch.float64),
                 )
             if self.options.rule == "kl":
+                before = record.snapshots
                 record.snapshots = {
-                    name: record.snapshots.get(name, weight.detach().clone())
+                    name: before[name] if name in before else weight.detach().clone()
                     for name, weight in learning_weights(group).items()
                 }
             records[_key(group)] = record

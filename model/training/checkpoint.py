@@ -79,7 +79,7 @@ def load_checkpoint(
             model = AGIFormer(config)
         model = model.to_empty(device=device)
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # weights, or a growth log, that do not fit
         raise CheckpointError(f"checkpoint {path}: {_first_line(error)}") from None
     return model.eval()
 

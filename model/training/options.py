@@ -13,6 +13,7 @@ VISCOSITY = ("auto", "off", "resistance", "ema")
 FREEZE = ("off", "cryogenic", "chrysalis")
 FREEZE_RULES = ("pressure", "kl")
 GROWTH_RULES = ("student-t", "phi")
+PRESSURE_THRESHOLD, KL_THRESHOLD = 0.6, 0.01
 LARGEST_SEED = 2**63 - 1
 
 # What a run is when nothing else is said: enough steps that the result is worth looking at.
@@ -49,7 +50,8 @@ class TrainingOptions:
     freeze: str = "off"  # what becomes of petals that have set
     freeze_rule: str = "pressure"  # how a petal is found to have set
     freeze_at: str = "evaluations"  # when petals may set: at every evaluation, or at STEP,STEP,... only
-    freeze_threshold: float = 0.6  # of the pressure rule: share of the peak learning rate
+    # Of pressure: the share of the peak learning rate (0.6 when None). Of kl: nats (0.01 when None).
+    freeze_threshold: float | None = None
     grow: str = "off"  # "auto", or a plan: model.training.growth
     grow_rule: str = "student-t"  # of "auto": when
     grow_by: str = "petals"  # of "auto": what, "petals" or "blocks"
@@ -77,7 +79,9 @@ class TrainingOptions:
             ("grow_left", ("frozen", "thawed")),
         ):
             self._accept(name, f"one of {', '.join(accepted)}", lambda v, accepted=accepted: v in accepted)
-        self._accept("freeze_threshold", "a number > 0", lambda v: 0 < v < float("inf"))
+        self._accept("freeze_threshold", "a number > 0", lambda v: v is None or 0 < v < float("inf"))
+        if self.freeze == "off" and self.freeze_at != "evaluations":
+            raise ValueError(f"freeze_at={self.freeze_at!r}: accepted with freeze='off' is evaluations")
         if self.grow == "auto" and self.freeze == "off":
             raise ValueError(
                 "freeze='off': accepted with grow='auto' are cryogenic, chrysalis, as it counts set petals"
@@ -127,7 +131,14 @@ class TrainingOptions:
         """When petals set, and what becomes of them."""
         # Of the evaluations the first comes when the learning rate has only just risen.
         warmup = 1 if self.freeze_steps is None else 0
-        return CrystallizationOptions(self.freeze, self.freeze_rule, self.freeze_threshold, warmup=warmup)
+        given = self.freeze_threshold
+        return CrystallizationOptions(
+            self.freeze,
+            self.freeze_rule,
+            threshold=(given if self.freeze_rule == "pressure" else None) or PRESSURE_THRESHOLD,
+            kl_tau=(given if self.freeze_rule == "kl" else None) or KL_THRESHOLD,
+            warmup=warmup,
+        )
 
     @property
     def freeze_steps(self) -> tuple[int, ...] | None:

@@ -18,7 +18,7 @@ from model.inference.text import Utf8Emitter
 from model.training.checkpoint import CheckpointError, load_training_values
 from model.training.distributed import Workers, join_workers
 from model.training.options import TrainingOptions
-from model.training.trainer import CHANGEABLE, FILES, LAST, Trainer
+from model.training.trainer import FILES, LAST, Trainer, changeable
 
 
 def run_curriculum(arguments: Namespace, install_signal_handlers: Callable[[Callable[[], None]], None]) -> int:
@@ -132,10 +132,10 @@ def _options(
     options, config = dict(saved["options"]), AGIFormerConfig.from_dict(saved["config"])
     given |= {"preset": arguments.preset, "curriculum": arguments.curriculum}
     for name, value in given.items():
-        if value is not None and value != options[name] and name not in CHANGEABLE:
+        if value is not None and value != options.get(name) and name not in changeable(options):
             flag = "--" + name.replace("_", "-")
             raise ValueError(
-                f"{flag} {value}: the run being resumed has {options[name]}; accepted is that, or leaving it out"
+                f"{flag} {value}: the run being resumed has {options.get(name)}; accepted is that, or leaving it out"
             )
         if value is not None:
             options[name] = value

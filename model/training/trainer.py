@@ -40,8 +40,12 @@ from model.training.step import TrainingStep
 
 LOG_EVERY = 10  # steps between readings of the loss: the only synchronisation along the way
 
-# Options that may differ when a run is resumed: they change what is reported, not what is learned.
-CHANGEABLE = ("eval_every", "save_every")
+
+def changeable(options: dict[str, Any]) -> tuple[str, ...]:
+    """Options that may differ when a run is resumed: they change what is reported, not what is learned."""
+    sets_at_evaluations = options.get("freeze", "off") != "off" and options.get("freeze_at") == "evaluations"
+    return ("save_every",) if sets_at_evaluations else ("eval_every", "save_every")
+
 
 BEST, LAST = "best_model_curriculum.safetensors", "last_model_curriculum.safetensors"
 PLOT = "curriculum.png"
@@ -79,6 +83,7 @@ class Trainer:
         self.quiet = quiet or not self.workers.is_main
         self.step = 0
         self.stop_requested = False
+        self._paused = False  # within `_off_the_clock`
         self._petals_text = ""
         self._saved_step: int | None = None
         self.training_seconds = 0.0  # of this process, without evaluations and saves
@@ -230,9 +235,12 @@ class Trainer:
     def _train_one(self) -> None:
         index = self.curriculum.stage_at(self.step, self.options.steps)
         options = self.options
-        self.training_step.optimizer.set_lr(
-            learning_rate(self.step, options.steps, options.lr, options.warmup, options.decay)
-        )
+        self.training_step.optimizer.set_lr(self._learning_rate(self.step))
+        if self.device.type == "cpu":
+            # Routers draw in training. On a CPU they draw a number of values that depends on the values: a state that
+            # follows from the step keeps workers and resumed runs apart from such histories.
+            seed = np.random.SeedSequence([options.seed, self.step, self.workers.rank]).generate_state(1, np.uint64)
+            torch.default_generator.manual_seed(int(seed[0]) >> 1)
         self.model.set_plasticity(self.curriculum.stages[index].plasticity)
         batch = self.samplers[index].next()
         if self.device.type == "cuda":
@@ -250,9 +258,15 @@ class Trainer:
 
     def _grow(self, what: GrowthStep, why: str) -> None:
         with self._off_the_clock():
+            # What grows is drawn from its own seed: the same on every worker, whatever was drawn before.
+            state = torch.get_rng_state()
+            events = len(self.metrics.data["growth"])
+            seed = np.random.SeedSequence([self.options.seed, self.step, events, 1]).generate_state(1, np.uint64)
+            torch.default_generator.manual_seed(int(seed[0]) >> 1)
             changes = carry_out(self.model, what, thawed=self.options.grow_left == "thawed")
+            torch.set_rng_state(state)
+            self.training_step.recapture()  # lets go of the old graph's memory first
             self.training_step.optimizer.rebuild(self.model)
-            self.training_step.recapture()
             self.crystallization.refresh()
             self.freezing.expanded(self.step)
         row = {
@@ -276,12 +290,21 @@ class Trainer:
         """See which petals have set, and whether that is enough to grow. Looks at the device: at evaluations only."""
         options, optimizer = self.options, self.training_step.optimizer
         row: dict[str, Any] = {"step": self.step, "radius": self._hull_radii()}
-        loads = {name: module.router.load.tolist() for name, module in self.model.named_modules() if _routes(module)}
+        loads = {
+            name: [finite(share) for share in module.router.load.tolist()]
+            for name, module in self.model.named_modules()
+            if _routes(module)
+        }
         if loads:
             row["router_load"] = loads
-        if options.freeze != "off" and (options.freeze_steps is None or self.step in options.freeze_steps):
+        # While the learning rate rises the pressure is low for everything, and would set it all at once.
+        risen = self.step > options.warmup * options.steps
+        if options.freeze != "off" and (risen if options.freeze_steps is None else self.step in options.freeze_steps):
             events = self.crystallization.observe(
-                self.step, optimizer.lr.item(), options.lr, optimizer.mobility if optimizer.viscosity else None
+                self.step,
+                self._learning_rate(self.step - 1),
+                options.lr,
+                optimizer.mobility if optimizer.viscosity else None,
             )
             if events:
                 optimizer.set_petals()
@@ -312,6 +335,10 @@ class Trainer:
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             return {name: finite(value) for name, value in hull_radii(self.model, x).items()}
 
+    def _learning_rate(self, step: int) -> float:
+        options = self.options
+        return learning_rate(step, options.steps, options.lr, options.warmup, options.decay)
+
     def _log(self) -> None:
         """Read the losses since the last reading; one synchronisation."""
         index = self.curriculum.stage_at(self.step - 1, self.options.steps)
@@ -340,11 +367,16 @@ class Trainer:
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
-        """What happens inside does not count as training time."""
+        """What happens inside does not count as training time. May be nested: the outermost counts."""
+        if self._paused:
+            yield
+            return
+        self._paused = True
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # the steps still under way do
         began = time.monotonic()
         yield
+        self._paused = False
         self._clock = (self._clock[0] + time.monotonic() - began, self._clock[1])
 
     def _evaluate(self, stage_ended: bool) -> None:
@@ -467,7 +499,7 @@ class Trainer:
         run = saved["run"]
         theirs = run["options"] | run["config"] | {name: run[name] for name in ("workers", "amp")}
         # "auto" is compared by what it became on this device.
-        for name in ours.keys() - set(CHANGEABLE):
+        for name in ours.keys() - set(changeable(ours)):
             if ours[name] != theirs.get(name):
                 raise ValueError(f"--resume {path}: {name} is {ours[name]!r} here, accepted is {theirs.get(name)!r}")
         if [stage["name"] for stage in now["stages"]] != [stage["name"] for stage in saved["stages"]]:
