@@ -109,6 +109,8 @@ class Trainer:
     def _checked_plan(self, config: AGIFormerConfig) -> tuple[GrowthStep, ...]:
         """The planned growth, tried on a model without memory: a mistake in it is better found now than at its step."""
         plan = parse_growth(self.options.grow)
+        if not plan:
+            return plan
         with torch.device("meta"):
             shape = AGIFormer(config)
             for step in plan:
@@ -239,8 +241,7 @@ class Trainer:
         if self.device.type == "cpu":
             # Routers draw in training. On a CPU they draw a number of values that depends on the values: a state that
             # follows from the step keeps workers and resumed runs apart from such histories.
-            seed = np.random.SeedSequence([options.seed, self.step, self.workers.rank]).generate_state(1, np.uint64)
-            torch.default_generator.manual_seed(int(seed[0]) >> 1)
+            self._seed_cpu(self.workers.rank)
         self.model.set_plasticity(self.curriculum.stages[index].plasticity)
         batch = self.samplers[index].next()
         if self.device.type == "cuda":
@@ -259,12 +260,8 @@ class Trainer:
     def _grow(self, what: GrowthStep, why: str) -> None:
         with self._off_the_clock():
             # What grows is drawn from its own seed: the same on every worker, whatever was drawn before.
-            state = torch.get_rng_state()
-            events = len(self.metrics.data["growth"])
-            seed = np.random.SeedSequence([self.options.seed, self.step, events, 1]).generate_state(1, np.uint64)
-            torch.default_generator.manual_seed(int(seed[0]) >> 1)
+            self._seed_cpu(len(self.metrics.data["growth"]), 1)
             changes = carry_out(self.model, what, thawed=self.options.grow_left == "thawed")
-            torch.set_rng_state(state)
             self.training_step.recapture()  # lets go of the old graph's memory first
             self.training_step.optimizer.rebuild(self.model)
             self.crystallization.refresh()
@@ -334,6 +331,11 @@ class Trainer:
         x = torch.from_numpy(np.stack(rows)).to(self.device)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             return {name: finite(value) for name, value in hull_radii(self.model, x).items()}
+
+    def _seed_cpu(self, *parts: int) -> None:
+        """Make the CPU's generator follow from the run's seed, the step and `parts`; a GPU's is left alone."""
+        seed = np.random.SeedSequence([self.options.seed, self.step, *parts]).generate_state(1, np.uint64)
+        torch.default_generator.manual_seed(int(seed[0]) >> 1)
 
     def _learning_rate(self, step: int) -> float:
         options = self.options
@@ -445,9 +447,8 @@ class Trainer:
 
     def _state_tensors(self) -> dict[str, torch.Tensor]:
         state = self.training_step.state_tensors() | self.crystallization.state_tensors() | {"losses": self.losses}
-        # Routers sample in training, and what grows is drawn from the first generator.
-        state["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
+            # Routers draw from it inside the captured step. The CPU's follows from the seed and the step.
             state["random.cuda"] = torch.cuda.get_rng_state(self.device)
         return state
 
@@ -470,7 +471,6 @@ class Trainer:
         self.training_step.optimizer.set_petals()
         self.crystallization.load_state_tensors(tensors)
         self.freezing = FreezingProcess.from_dict(values["freezing"])
-        torch.set_rng_state(tensors["random.cpu"])
         if self.device.type == "cuda" and "random.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         self.losses.copy_(tensors["losses"])
