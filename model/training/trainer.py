@@ -236,7 +236,6 @@ class Trainer:
 
     def _train_one(self) -> None:
         index = self.curriculum.stage_at(self.step, self.options.steps)
-        options = self.options
         self.training_step.optimizer.set_lr(self._learning_rate(self.step))
         if self.device.type == "cpu":
             # Routers draw in training. On a CPU they draw a number of values that depends on the values: a state that
