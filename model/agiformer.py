@@ -8,6 +8,7 @@ Notable: the sequence of latents begins with a learned start latent, so that pos
 exactly the patches before patch i and predicts it. Nothing is padded or shifted inside the trunk.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,9 @@ from model.layers.head import BEGIN, LocalAutoregressiveHead
 from model.layers.norm import rms_norm
 from model.layers.pyramid import Node, NodeState, depth, learning_leaves, leaves
 from model.layers.reasoning import RecurrentReasoningBlock
+
+# Called with the number of blocks passed and the latents [B, T, width] there; what it returns goes on through the rest.
+Visit = Callable[[int, Tensor], Tensor]
 
 
 @dataclass
@@ -76,6 +80,9 @@ class AGIFormer(nn.Module):
         self.head = LocalAutoregressiveHead(D, config.head_dim)
         self.plasticity: Tensor
         self.register_buffer("plasticity", torch.tensor(float(config.plasticity)))
+        # Added to the latents after each block. Not trained: GENESIS's amplifier moves them.
+        self.anchors: Tensor | None
+        self.register_buffer("anchors", torch.zeros(config.n_layers, D) if config.anchors else None)
         initialise(self)
         for change in config.growth:
             self._change_shape(change)
@@ -103,16 +110,24 @@ class AGIFormer(nn.Module):
             [B, L, 256] float32.
         """
         self._check_bytes(x)
-        L, P = x.shape[1], self.config.patch_size
-        T = -(-L // P)  # patches to predict; the last one may be partial and is never read
+        z, _ = self.trunk(self.latents(x))
+        z = self.think(z, thinking_steps, halt_threshold)
+        return self.read_out(z, x)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """What enters the trunk: x [B, L] → [B, ceil(L / P), width]. Position i has read the patches before patch i."""
+        P = self.config.patch_size
+        T = -(-x.shape[1] // P)  # patches to predict; the last one may be partial and is never read
         latents = self.start_latents(x.shape[0])
         if T > 1:
             # Under autocast the encoder's output, and with it the residual stream, is half precision.
             rest = self.encoder(x[:, : (T - 1) * P])
             latents = torch.cat([latents.to(rest.dtype), rest], 1)
-        z, _ = self.trunk(latents)
-        z = self.think(z, thinking_steps, halt_threshold)
-        return self.head(z, self.previous_bytes(x)).flatten(1, 2)[:, :L]
+        return latents
+
+    def read_out(self, z: Tensor, x: Tensor) -> Tensor:
+        """Logits [B, L, 256] of x [B, L] by the latents z [B, ceil(L / P), width] that predict its patches."""
+        return self.head(z, self.previous_bytes(x)).flatten(1, 2)[:, : x.shape[1]]
 
     def loss(self, x: Tensor, *, thinking_steps: int | None = None) -> Tensor:
         """Mean cross-entropy of x [B, L] in nats per byte, a scalar; BPC is this over ln 2."""
@@ -124,8 +139,16 @@ class AGIFormer(nn.Module):
         start = torch.cat([self.start, *(column.start for column in self.columns)]) if self.columns else self.start
         return start.expand(batch_size, 1, -1)
 
-    def trunk(self, latents: Tensor, state: TrunkState | None = None) -> tuple[Tensor, TrunkState]:
-        """Run the blocks over latents [B, T, D] that follow `state` → [B, T, D] and the state after them."""
+    def trunk(
+        self, latents: Tensor, state: TrunkState | None = None, *, first: int = 0, visit: Visit | None = None
+    ) -> tuple[Tensor, TrunkState]:
+        """Run the blocks over latents [B, T, D] that follow `state` → [B, T, D] and the state after them.
+
+        Args:
+            first: number of blocks that the latents have passed already.
+            visit: called before the first block, between blocks and after the last; may change the latents, and add
+                rows to the batch.
+        """
         offset = 0 if state is None else state.position
         phases = self.encoder.phases(latents.shape[1], offset, latents.device)
         n = len(self.blocks)
@@ -136,20 +159,30 @@ class AGIFormer(nn.Module):
             x, states[index] = block(x, phases, self.plasticity, before)
             return x
 
+        if visit is not None:
+            latents = visit(first, latents)
         x, *added = self._split(latents)
-        for i, block in enumerate(self.blocks):
-            x = run(block, x, i)
+        for i in range(first, n):
+            x = run(self.blocks[i], x, i)
+            if self.anchors is not None:
+                x = x + self.anchors[i].to(x.dtype)
             for j, column in enumerate(self.columns):
                 seen = added[j] + column.lateral[i](rms_norm(x))
                 added[j] = run(column.blocks[i], seen, (j + 1) * n + i)
-        z = torch.cat([x, *(part.to(x.dtype) for part in added)], -1) if added else x
-        return z, TrunkState(states, offset + latents.shape[1])
+            if visit is not None:
+                x, *added = self._split(visit(i + 1, self._join(x, added)))
+        return self._join(x, added), TrunkState(states, offset + latents.shape[1])
 
     def think(self, z: Tensor, steps: int | None = None, halt_threshold: float | None = None) -> Tensor:
         """The reasoning block on z [B, T, D]; it works on the first column's channels."""
         first, *added = self._split(z)
         first = self.reasoning(first, steps, halt_threshold)
         return torch.cat([first, *added], -1) if added else first
+
+    @staticmethod
+    def _join(x: Tensor, added: list[Tensor]) -> Tensor:
+        """The columns' latents side by side."""
+        return torch.cat([x, *(part.to(x.dtype) for part in added)], -1) if added else x
 
     def _split(self, z: Tensor) -> list[Tensor]:
         """[B, T, D] by columns. Copies, so that a column's arithmetic is the same with and without neighbours."""

@@ -9,6 +9,7 @@ from typing import Any
 
 MEMORY_RULES = ("hebbian", "delta")
 HULLS = ("convex", "swiglu")
+NOT_SET = ("anchors", "growth")  # by --set: they follow from training
 # One entry of `growth` for each change of shape since the model was made, in order.
 GROWTH = re.compile(r"(grow|thaw) \d+|petals \d+ [1-9]\d*|widen [1-9]\d*")
 
@@ -37,6 +38,7 @@ class AGIFormerConfig:
     head_dim: int = 512  # width of the GRU that writes the bytes of a patch
     rope_base: float = 10_000.0  # wavelength scale of the rotary phases, in patches
     plasticity: float = 0.99  # α before a curriculum sets it
+    anchors: bool = False  # whether a bias follows every block, moved by GENESIS's amplifier (model.genesis.amplifier)
     growth: tuple[str, ...] = ()  # what grew since: "grow BOB", "thaw BOB", "petals BOB N", "widen D", in order
 
     def __post_init__(self) -> None:
@@ -52,6 +54,8 @@ class AGIFormerConfig:
             raise ValueError(f"memory_rule={self.memory_rule!r}: accepted are {', '.join(MEMORY_RULES)}")
         if self.hull not in HULLS:
             raise ValueError(f"hull={self.hull!r}: accepted are {', '.join(HULLS)}")
+        if not isinstance(self.anchors, bool):
+            raise ValueError(f"anchors={self.anchors!r}: accepted are True and False")
         if not isinstance(self.growth, tuple | list):
             raise ValueError(f"growth={self.growth!r}: accepted is a list of changes such as 'grow 0'")
         object.__setattr__(self, "growth", tuple(self.growth))  # JSON has lists
@@ -75,7 +79,7 @@ class AGIFormerConfig:
 
     def with_settings(self, settings: list[str]) -> "AGIFormerConfig":
         """A copy changed by `field=value` strings, as `--set` takes them."""
-        types = {field.name: type(getattr(self, field.name)) for field in fields(self) if field.name != "growth"}
+        types = {field.name: type(getattr(self, field.name)) for field in fields(self) if field.name not in NOT_SET}
         changes = {}
         for setting in settings:
             name, equals, text = setting.partition("=")

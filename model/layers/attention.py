@@ -92,10 +92,28 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, cached: int) -> Tensor
     """Attention of [B, T, H, E] over [B, cached + T, H, E] keys, inside the window, as one fused call."""
     T, S = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if cached == 0 and window >= T:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    if T == 1 and window >= S:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    distance = torch.arange(cached, cached + T, device=q.device)[:, None] - torch.arange(S, device=q.device)
-    mask = (distance >= 0) & (distance < window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    mask, causal = None, cached == 0 and window >= T
+    if not causal and (T > 1 or window < S):
+        distance = torch.arange(cached, cached + T, device=q.device)[:, None] - torch.arange(S, device=q.device)
+        mask = (distance >= 0) & (distance < window)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return _GradientOfSameLayout.apply(out).transpose(1, 2)
+
+
+class _GradientOfSameLayout(torch.autograd.Function):
+    """The identity; its gradient is laid out in memory as its output is.
+
+    PyTorch keeps a cuDNN plan for each shape and layout of an attention's inputs, and not for each layout of its
+    output's gradient. A gradient that is a slice of a larger one, as a concatenation's is, would be read by the
+    plan of another layout: wrong numbers, or memory that is not ours.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.layout = x.shape, x.stride()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        shape, stride = ctx.layout
+        return grad if grad.stride() == stride else grad.new_empty_strided(shape, stride).copy_(grad)

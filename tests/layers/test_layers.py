@@ -59,6 +59,44 @@ def test_no_quadratic_tensor_in_attention():
     assert sizes[2] / sizes[1] < 2.2
 
 
+@pytest.mark.parametrize("T", [5, 13, 40])
+def test_gradients_reach_the_fused_attention_in_its_own_layout(T, monkeypatch):
+    layouts = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*inputs, **options):
+        out = fused(*inputs, **options)
+        stride = out.stride()
+        out.register_hook(lambda grad: layouts.append((grad.stride(), stride)))
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    q, k, v = (torch.randn(2, T, 3, 8, requires_grad=True) for _ in range(3))
+    heads = window_attention(q, k, v, 8)
+    torch.cat([heads, torch.ones_like(heads)], -1).cos().sum().backward()  # its gradient is a slice
+    assert layouts
+    assert all(found == expected for found, expected in layouts)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_any_layout_on_the_card(dtype):
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 4, 96, 8, 64, device="cuda")
+    grad = torch.randn(4, 96, 8, 128, device="cuda")
+
+    def gradients(kind, joined):
+        q, k, v = (x.to(kind).requires_grad_() for x in inputs)
+        heads = window_attention(q, k, v, 64)
+        outer = torch.cat([heads, heads.detach()], -1) if joined else heads
+        outer.backward(grad[..., : outer.shape[-1]].to(kind))
+        return torch.stack([x.grad.double() for x in (q, k, v)])
+
+    exact = gradients(torch.float64, False)
+    for joined in (True, False, True):  # the first call of a shape makes the plan that the later ones use
+        torch.testing.assert_close(gradients(dtype, joined), exact, rtol=0.05, atol=0.05)
+
+
 def test_attention_in_pieces_is_the_whole():
     torch.manual_seed(0)
     layer = WindowAttention(16, 2, 8)
