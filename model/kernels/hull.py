@@ -19,7 +19,7 @@ except ImportError:  # the PyTorch form does everywhere
     triton = None
 
 BLOCK = 1024
-MOST_PETALS = 64  # of a group, in the kernel
+UNROLLED = 4  # petals up to which the loops are unrolled: 8 take 7 s to compile, 64 many minutes, a loop 2 s
 
 
 def signed_hull(o: Tensor, tau: Tensor, impl: str = "auto") -> Tensor:
@@ -32,8 +32,8 @@ def signed_hull(o: Tensor, tau: Tensor, impl: str = "auto") -> Tensor:
     if impl == "triton" and triton is None:
         raise ValueError("impl='triton': needs the package triton; accepted here are auto and torch")
     if impl == "auto":
-        # float64 is for references: the kernel works in float32. Its loop over petals is unrolled.
-        fits = o.is_cuda and o.dtype != torch.float64 and o.shape[0] <= MOST_PETALS and o.shape[1] * o.shape[2] > 2
+        # float64 is for references: the kernel works in float32.
+        fits = o.is_cuda and o.dtype != torch.float64 and o.shape[1] * o.shape[2] > 2
         impl = "triton" if fits and triton is not None else "torch"
     return (_SignedHull if impl == "triton" else _SignedHullTorch).apply(o.contiguous(), tau)
 
@@ -80,7 +80,7 @@ class _SignedHull(torch.autograd.Function):
         P, N, width = o.shape
         y = torch.empty(N, width // 2, dtype=o.dtype, device=o.device)
         if y.numel():
-            _forward[(triton.cdiv(y.numel(), BLOCK),)](o, tau, y, y.numel(), width // 2, P, BLOCK)
+            _forward[(triton.cdiv(y.numel(), BLOCK),)](o, tau, y, y.numel(), width // 2, P, P <= UNROLLED, BLOCK)
         ctx.save_for_backward(o, tau)
         return y
 
@@ -94,60 +94,82 @@ class _SignedHull(torch.autograd.Function):
         # One partial sum a program, added up in a fixed order: the same bits every time.
         partial = torch.zeros(max(1, -(-size // BLOCK)), dtype=torch.float32, device=o.device)
         if size:
-            _backward[(partial.numel(),)](o, tau, grad.contiguous(), grad_o, partial, size, width // 2, P, BLOCK)
+            grid, unroll = (partial.numel(),), P <= UNROLLED
+            _backward[grid](o, tau, grad.contiguous(), grad_o, partial, size, width // 2, P, unroll, BLOCK)
         return grad_o, partial.sum().view(tau.shape).to(tau.dtype)
 
 
 if triton is not None:
 
     @triton.jit
-    def _log_mean_exp(o, base, petal_stride, tau, inside, P: tl.constexpr):
+    def _expm1_below(o, at, largest, tau, inside):
+        """exp(τ (o − largest)) − 1, after Kahan: the errors of w cancel."""
+        t = tau * (tl.load(o + at, inside, other=0.0).to(tl.float32) - largest)
+        w = tl.exp(t)
+        kahan = (w - 1.0) * t / tl.where(w == 1.0, 1.0, tl.log(tl.maximum(w, 0.1)))
+        return tl.where(w == 1.0, t, tl.where(t < -1.0, w - 1.0, kahan))
+
+    @triton.jit
+    def _log_mean_exp(o, base, petal_stride, tau, inside, P: tl.constexpr, UNROLL: tl.constexpr):
         largest = tl.load(o + base, inside, other=0.0).to(tl.float32)
-        for p in tl.static_range(1, P):
-            largest = tl.maximum(largest, tl.load(o + base + p * petal_stride, inside, other=0.0).to(tl.float32))
         less = largest * 0.0  # mean of exp(...) − 1, in (−1, 0]
-        for p in tl.static_range(0, P):
-            value = tl.load(o + base + p * petal_stride, inside, other=0.0).to(tl.float32)
-            t = tau * (value - largest)
-            # expm1 and log1p after Kahan: the errors of w cancel.
-            w = tl.exp(t)
-            kahan = (w - 1.0) * t / tl.where(w == 1.0, 1.0, tl.log(tl.maximum(w, 0.1)))
-            less += tl.where(w == 1.0, t, tl.where(t < -1.0, w - 1.0, kahan)) / P
+        if UNROLL:
+            for p in tl.static_range(1, P):
+                largest = tl.maximum(largest, tl.load(o + base + p * petal_stride, inside, other=0.0).to(tl.float32))
+            for p in tl.static_range(0, P):
+                less += _expm1_below(o, base + p * petal_stride, largest, tau, inside) / P
+        else:
+            for p in range(1, P):
+                largest = tl.maximum(largest, tl.load(o + base + p * petal_stride, inside, other=0.0).to(tl.float32))
+            for p in range(0, P):
+                less += _expm1_below(o, base + p * petal_stride, largest, tau, inside) / P
         w = 1.0 + less
         log = tl.where(w == 1.0, less, tl.log(w) * less / tl.where(w == 1.0, 1.0, w - 1.0))
         # The mean relative to the largest: the gradient of τ is a difference of two of them.
         return log / tau, largest, w * P
 
     @triton.jit
-    def _forward(o, tau_at, y, size, D, P: tl.constexpr, BLOCK: tl.constexpr):
+    def _forward(o, tau_at, y, size, D, P: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr):
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < size
         base = i // D * 2 * D + i % D
         tau = tl.load(tau_at)
         # The result has half the elements of one petal's outputs.
-        rising, top_rising, _ = _log_mean_exp(o, base, 2 * size.to(tl.int64), tau, inside, P)
-        falling, top_falling, _ = _log_mean_exp(o, base + D, 2 * size.to(tl.int64), tau, inside, P)
+        stride = 2 * size.to(tl.int64)
+        rising, top_rising, _ = _log_mean_exp(o, base, stride, tau, inside, P, UNROLL)
+        falling, top_falling, _ = _log_mean_exp(o, base + D, stride, tau, inside, P, UNROLL)
         tl.store(y + i, (P * ((top_rising + rising) - (top_falling + falling))).to(y.dtype.element_ty), inside)
 
     @triton.jit
-    def _side(o, base, petal_stride, tau, grad, grad_o, inside, P: tl.constexpr):
-        mean, largest, total = _log_mean_exp(o, base, petal_stride, tau, inside, P)
+    def _petal(o, at, tau, grad, grad_o, largest, total, inside):
+        """Write the gradient of one petal's output → its part of the mean below the largest."""
+        below = tl.load(o + at, inside, other=0.0).to(tl.float32) - largest
+        share = tl.exp(tau * below) / total
+        tl.store(grad_o + at, (grad * share).to(grad_o.dtype.element_ty), inside)
+        return share * below
+
+    @triton.jit
+    def _side(o, base, petal_stride, tau, grad, grad_o, inside, P: tl.constexpr, UNROLL: tl.constexpr):
+        mean, largest, total = _log_mean_exp(o, base, petal_stride, tau, inside, P, UNROLL)
         average = mean * 0.0
-        for p in tl.static_range(0, P):
-            value = tl.load(o + base + p * petal_stride, inside, other=0.0).to(tl.float32)
-            share = tl.exp(tau * (value - largest)) / total
-            average += share * (value - largest)
-            tl.store(grad_o + base + p * petal_stride, (grad * share).to(grad_o.dtype.element_ty), inside)
+        if UNROLL:
+            for p in tl.static_range(0, P):
+                average += _petal(o, base + p * petal_stride, tau, grad, grad_o, largest, total, inside)
+        else:
+            for p in range(0, P):
+                average += _petal(o, base + p * petal_stride, tau, grad, grad_o, largest, total, inside)
         return grad * (average - mean) / tau  # its part of the gradient of τ
 
     @triton.jit
-    def _backward(o, tau_at, grad_at, grad_o, partial, size, D, P: tl.constexpr, BLOCK: tl.constexpr):
+    def _backward(
+        o, tau_at, grad_at, grad_o, partial, size, D, P: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr
+    ):
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < size
         base = i // D * 2 * D + i % D
         tau = tl.load(tau_at)
         grad = P * tl.load(grad_at + i, inside, other=0.0).to(tl.float32)
         stride = 2 * size.to(tl.int64)
-        of_tau = _side(o, base, stride, tau, grad, grad_o, inside, P)
-        of_tau += _side(o, base + D, stride, tau, -grad, grad_o, inside, P)
+        of_tau = _side(o, base, stride, tau, grad, grad_o, inside, P, UNROLL)
+        of_tau += _side(o, base + D, stride, tau, -grad, grad_o, inside, P, UNROLL)
         tl.store(partial + tl.program_id(0), tl.sum(of_tau, 0))
