@@ -4,6 +4,7 @@ r"""Generate text from a checkpoint.
     python generate.py best_model_curriculum.safetensors --prompt "Q: Why? A:" --stop "\n" --temperature 0
     python generate.py checkpoints/last_model_curriculum.safetensors --prompt-file story.txt --max-bytes 2000 --seed 7
     cat story.txt | python generate.py best_model_curriculum.safetensors --batch 3 --top-p 0.9
+    python generate.py best_model_curriculum.safetensors --prompt "Dear" --policy names.toml --gate-log gate_log.jsonl
 
 The continuation goes to stdout as UTF-8, each character as soon as it is certain; everything else goes to stderr. With
 --batch, samples are printed one after the other: the first as it comes, each later one as soon as the one before
@@ -118,6 +119,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add("--seed", type=integer(0, 2**63 - 1), metavar="N", help="the same seed gives the same text (default: random)")
 
+    add = parser.add_argument_group("gate", "what is never written (docs/gate.md); always on").add_argument
+    add("--policy", action="append", default=[], metavar="FILE", help="rules besides the default ones; repeatable")
+    add("--policy-only", metavar="FILE", help="rules instead of the default ones")
+    add("--gate-log", metavar="FILE", help="where interventions go, one a line (default: gate_log.jsonl by CHECKPOINT)")
+    add("--log-text", action="store_true", help="write the text before an intervention too (default: never any text)")
+
     add = parser.add_argument_group("model").add_argument
     add("--thinking-steps", type=integer(0), metavar="K", help="passes of the reasoning block (default: as trained)")
     add(
@@ -143,8 +150,29 @@ def read_prompt(options: argparse.Namespace) -> bytes:
     return sys.stdin.buffer.read()
 
 
+def load_gate(options: argparse.Namespace):
+    """(the policy, compiled once so that its errors come first; the log, or None for the checkpoint's folder)."""
+    from model.genesis.automaton import compile_policy
+    from model.genesis.byte_gate import GateLog
+    from model.genesis.policy import load_policy
+
+    only = [] if options.policy_only is None else [options.policy_only]
+    try:
+        policy = load_policy(*only, *options.policy, default=not only)
+        compile_policy(policy)
+    except ValueError as error:
+        fail(str(error), 2)
+    if options.gate_log is None:
+        return policy, None
+    try:
+        open(options.gate_log, "ab").close()
+    except OSError as error:
+        fail(f"--gate-log {options.gate_log!r}: {error.strerror}; accepted is a file that can be written", 2)
+    return policy, GateLog(options.gate_log, with_text=options.log_text)
+
+
 def load(options: argparse.Namespace):
-    """The model on its device."""
+    """(the model on its device, its file)."""
     import torch  # only now: --help and a bad argument answer at once
 
     from model.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
@@ -155,7 +183,8 @@ def load(options: argparse.Namespace):
         torch.set_num_threads(options.threads)
     device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     try:
-        return load_checkpoint(find_checkpoint(options.checkpoint), device)
+        path = find_checkpoint(options.checkpoint)
+        return load_checkpoint(path, device), Path(path)
     except CheckpointError as error:
         fail(str(error), 2)
 
@@ -198,9 +227,12 @@ def write(text: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
     prompt = read_prompt(options)
-    model = load(options)
+    policy, log = load_gate(options)
+    model, path = load(options)
+    from model.genesis.byte_gate import GateLog
     from model.inference.generate import generate
 
+    log = log or GateLog(path.parent / "gate_log.jsonl", with_text=options.log_text)
     seed = secrets.randbits(32) if options.seed is None else options.seed
     started = time.perf_counter()
     try:
@@ -208,6 +240,7 @@ def run(options: argparse.Namespace) -> None:
             model, prompt, max_bytes=options.max_bytes, temperature=options.temperature, top_k=options.top_k,
             top_p=options.top_p, seed=seed, stop=options.stop, batch=options.batch,
             thinking_steps=options.thinking_steps, halt_threshold=options.halt, any_bytes=options.any_bytes,
+            policy=policy, log=log,
         )  # fmt: skip
         read = time.perf_counter()
         generated = print_in_order(pieces, options.batch, prompt)
@@ -217,9 +250,21 @@ def run(options: argparse.Namespace) -> None:
     # On a terminal the text has ended its line; in a pipe or file stdout holds the text and nothing else.
     print(
         f"generated {generated:,} bytes at {generated / writing:,.0f} bytes/s; "
-        f"prompt {len(prompt):,} bytes at {len(prompt) / reading:,.0f} bytes/s; seed {seed}",
+        f"prompt {len(prompt):,} bytes at {len(prompt) / reading:,.0f} bytes/s; seed {seed}"
+        f"{interventions(log)}",
         file=sys.stderr,
     )
+    if log.failure and options.gate_log:
+        fail(f"--gate-log {options.gate_log!r}: {log.failure.strerror}; not all interventions are in it", 1)
+
+
+def interventions(log) -> str:
+    """What the gate did, for the last line; nothing when it did nothing."""
+    if not log.counts:
+        return ""
+    counts = ", ".join(f"{category} {count:,}" for category, count in sorted(log.counts.items()))
+    where = f"not logged: {log.failure.strerror}" if log.failure else f"logged in {log.path}"
+    return f"; gate: {counts}, {where}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Replay over the stages of a curriculum: each stage keeps its own sample of what it showed, and later ones rehearse it.
+"""Replay over the stages of a curriculum: each stage keeps its own sample of what it showed, later ones rehearse it.
 
 The stage being trained is written, never drawn: what it shows is being learned anyway, and on a single ring most draws
 would be its own. Earlier stages are drawn in equal parts, entries of one stage in proportion to their priority. Each

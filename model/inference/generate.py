@@ -4,7 +4,7 @@
         print(piece.row, piece.data, piece.finished)
 
 Notable: prompts are read in parallel and never padded, so rows whose prompts differ in length run as several streams;
-sampling and the UTF-8 automaton act on all rows at once.
+sampling, the UTF-8 automaton and the gate act on all rows at once. There is always a gate; a policy says what it does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from model.agiformer import AGIFormer
+from model.genesis.automaton import compile_policy
+from model.genesis.byte_gate import CONTEXT, ByteGate, GateLog
+from model.genesis.policy import Policy, load_policy
 from model.inference.sampling import check_sampling, sample
 from model.inference.stream import ByteStream
 from model.inference.text import Utf8Constraint, unfinished
@@ -45,6 +48,8 @@ def generate(
     thinking_steps: int | None = None,
     halt_threshold: float | None = None,
     any_bytes: bool = False,
+    policy: Policy | None = None,
+    log: GateLog | None = None,
 ) -> Iterator[Piece]:
     """Read the prompt, then return an iterator that generates while it is consumed.
 
@@ -66,21 +71,28 @@ def generate(
         any_bytes: False lets only valid UTF-8 be generated: every piece ends with a whole character, a character
             that `max_bytes` would cut is left out, and a prompt that ends inside a character has it completed first.
             True gives every byte out at once, whatever it is.
+        policy: no byte is generated that completes a match of its rules, in the text that the prompt begins; the
+            default policy when None. Bytes that would be a match if the row ended after them are held back, and left
+            out if it does. Where nothing is blocked the bytes are those of any other policy.
+        log: is told what the gate took away.
 
     Yields:
         Piece: in the order in which bytes become certain. Each row has exactly one with `finished` set, its last.
 
     Raises:
-        ValueError: an argument out of range, naming it, its value and what is accepted. Raised by the call itself.
+        ValueError: an argument out of range, naming it, its value and what is accepted; or a policy that cannot be
+            compiled. Raised by the call itself.
         FloatingPointError: the model's logits are not finite.
     """
     prompts = [prompt] if isinstance(prompt, bytes) else list(prompt)
     _check(prompts, max_bytes, seed, stop, batch)
     check_sampling(temperature, top_k, top_p)
+    automaton = compile_policy(load_policy() if policy is None else policy)
     prompts = [text for text in prompts for _ in range(batch)]
     device = model.start.device
     rows = [_Row(i, text, max_bytes, tuple(stop), not any_bytes) for i, text in enumerate(prompts)]
     streams = _read_prompts(model, rows, prompts, thinking_steps, halt_threshold)
+    gate = ByteGate(automaton, len(prompts), device).read(prompts)
     constraint = None if any_bytes else Utf8Constraint(prompts, device)
     generator = torch.Generator(device)
     if seed is None:
@@ -89,13 +101,15 @@ def generate(
         generator.manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:
-        if constraint is None:
-            return sample(logits, temperature, top_k, top_p, generator)
-        chosen = sample(constraint.mask(logits), temperature, top_k, top_p, generator)
-        constraint.advance(chosen)
+        if constraint is not None:
+            logits = constraint.mask(logits)
+        chosen = sample(gate.mask(logits), temperature, top_k, top_p, generator)
+        gate.advance(chosen)
+        if constraint is not None:
+            constraint.advance(chosen)
         return chosen
 
-    return _run(rows, streams, choose, device)
+    return _run(rows, streams, choose, gate, log, device)
 
 
 @dataclass
@@ -112,22 +126,25 @@ class _Row:
 
     def __init__(self, index: int, prompt: bytes, max_bytes: int, stops: tuple[bytes, ...], whole_characters: bool):
         self.index = index
-        self.left = max_bytes
+        self.generated = 0
+        self.max_bytes = max_bytes
         self.stops = stops
         self.whole_characters = whole_characters
         self.finished: Literal["stop", "length"] | None = None
         self.held = bytearray()
-        self.before = prompt[-3:]  # the bytes before `held`, as many as an unfinished character can have
+        self.may_end = bytearray()  # after each byte of `held`
+        self.before = prompt[-CONTEXT:]  # the bytes before `held`, as many as anything looks back
 
-    def push(self, byte: int) -> Piece | None:
-        """Take one more byte; the piece that it makes certain, or None."""
+    def push(self, byte: int, may_end: bool = True) -> Piece | None:
+        """Take one more byte, and whether a text may end after it; the piece that it makes certain, or None."""
         self.held.append(byte)
-        self.left -= 1
+        self.may_end.append(may_end)
+        self.generated += 1
         met = max((len(stop) for stop in self.stops if self.held.endswith(stop)), default=0)
         if met:
             self.finished = "stop"
             return self._give(len(self.held) - met)
-        if not self.left:
+        if self.generated == self.max_bytes:
             self.finished = "length"
             return self._give(len(self.held))
         return self._give(len(self.held) - self._possible_stop())
@@ -140,12 +157,16 @@ class _Row:
         )
 
     def _give(self, end: int) -> Piece | None:
-        if self.whole_characters:
+        """Give out the first `end` bytes of those held, less what must not be the last of the text."""
+        while end:
             # When the prompt holds the beginning of the character, fewer of its bytes are here than are unfinished.
-            end = max(0, end - len(unfinished(self.before + bytes(self.held[:end]))[0]))
+            cut = len(unfinished(self.before[-3:] + bytes(self.held[:end]))[0]) if self.whole_characters else 0
+            if not cut and self.may_end[end - 1]:
+                break
+            end = max(0, end - max(cut, 1))
         data = bytes(self.held[:end])
-        del self.held[:end]
-        self.before = (self.before + data)[-3:]
+        del self.held[:end], self.may_end[:end]
+        self.before = (self.before + data)[-CONTEXT:]
         return Piece(self.index, data, self.finished) if data or self.finished else None
 
 
@@ -172,15 +193,24 @@ def _read_prompts(
     return streams
 
 
-def _run(rows: list[_Row], streams: list[_Stream], choose, device: torch.device) -> Iterator[Piece]:
+def _run(
+    rows: list[_Row], streams: list[_Stream], choose, gate: ByteGate, log: GateLog | None, device: torch.device
+) -> Iterator[Piece]:
     while True:
         # Rows of a finished stream keep their place in the batch, so that the others' random numbers stay theirs.
         logits = torch.zeros(len(rows), 256, device=device)
         for part in streams:
             logits[part.index] = part.stream.logits()
         chosen = choose(logits)
-        for row, byte in zip(rows, chosen.tolist()):
-            if not row.finished and (piece := row.push(byte)):
+        # The device is waited for once.
+        ends = gate.must_not_end()
+        read = torch.stack([chosen, ends, ends if log is None else gate.flagged()]).tolist()
+        if log is not None and (flagged := [i for i, row in enumerate(rows) if read[2][i] and not row.finished]):
+            for removal in gate.removals(flagged):
+                row = rows[removal.row]
+                log.add(removal, row.generated, row.before + bytes(row.held))
+        for row, byte, must_not_end in zip(rows, *read[:2]):
+            if not row.finished and (piece := row.push(byte, not must_not_end)):
                 yield piece
         streams = [part for part in streams if not all(row.finished for row in part.rows)]
         if not streams:

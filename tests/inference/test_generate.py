@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model import ByteStream
+from model.genesis.policy import Policy, Rule
 from model.inference.generate import _Row, generate
 
 
@@ -186,6 +187,38 @@ def test_a_stop_inside_characters_leaves_whole_ones():
         if row.finished:
             break
     assert (given, row.finished) == ("ığş".encode(), "stop")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_rows_release_no_end_that_must_not_be(seed):
+    """Against a reference that looks at the whole text: what is given out always ends where a text may end."""
+    rng = random.Random(seed)
+    whole_characters = bool(seed % 2)
+    text = "".join(rng.choices("abığ😀", k=30)).encode()
+    may_end = [rng.random() < 0.6 for _ in text]
+    stops = tuple(rng.choice([b"ab", b"ba", b"\x9f", b"b\xc4"]) for _ in range(rng.randint(0, 2)))
+    row, given = _Row(0, b"", len(text), stops, whole_characters), b""
+
+    def longest(n: int) -> int:
+        ends = [i for i in range(n + 1) if i == 0 or (may_end[i - 1] and (not whole_characters or is_utf8(text[:i])))]
+        return max(ends)
+
+    for i in range(1, len(text) + 1):
+        piece = row.push(text[i - 1], may_end[i - 1])
+        given += piece.data if piece else b""
+        met = max((len(stop) for stop in stops if text[:i].endswith(stop)), default=0)
+        begun = max((n for stop in stops for n in range(len(stop)) if text[:i].endswith(stop[:n])), default=0)
+        expected = text[: longest(i - (met or (begun if i < len(text) else 0)))]
+        assert given == expected
+        if met:
+            break
+    assert row.finished == ("stop" if met else "length")
+
+
+def test_bad_policies_are_named_by_the_call_itself(tiny_model):
+    policy = Policy((Rule("c", "x", "pattern", "a*", origin="policy p.toml: [c] patterns 1"),))
+    with pytest.raises(ValueError, match=r"^policy p\.toml: \[c\] patterns 1 'a\*': .*accepted are"):
+        generate(tiny_model(), b"x", max_bytes=3, policy=policy)
 
 
 @pytest.mark.parametrize(

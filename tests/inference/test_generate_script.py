@@ -1,7 +1,9 @@
 """generate.py from outside: its streams, its exit codes, its one-line errors."""
 
+import errno
 import importlib.util
 import io
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import save_checkpoint
+from model import ByteStream, save_checkpoint
+from model.genesis.policy import load_policy
 from model.inference.generate import generate
 
 SCRIPT = Path(__file__).parents[2] / "generate.py"
@@ -231,3 +234,105 @@ def test_cuda_where_there_is_none_is_an_argument_error(folder, capsys, monkeypat
     with pytest.raises(SystemExit, match="2"):
         script.main(["tiny.safetensors", "--prompt", "x", "--device", "cuda"])
     assert "--device 'cuda'" in capsys.readouterr().err
+
+
+def interventions(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_policies_reach_generation_and_interventions_the_log(call, folder, tiny_model, tmp_path):
+    list_of_my_own = tmp_path / "mine.toml"
+    list_of_my_own.write_text('[mine]\nword_boundaries = false\nphrases = ["a", "e", "i"]\npatterns = ["\\\\d"]')
+    common = ["tiny.safetensors", "--prompt", "xyz", "--max-bytes", "80", "--seed", "3", "--temperature", "1.5"]
+    free = call(*common)[1]
+    log = tmp_path / "log.jsonl"
+    code, out, err = call(*common, "--policy", str(list_of_my_own), "--gate-log", str(log))
+    arguments = {"max_bytes": 80, "seed": 3, "temperature": 1.5}
+    assert code == 0 and out == expected(tiny_model(), b"xyz", policy=load_policy(list_of_my_own), **arguments) != free
+    lines = interventions(log)
+    assert lines and {line["category"] for line in lines} == {"mine"} and "text" not in lines[0]
+    assert err.count("\n") == 1 and f"gate: mine {len(lines)}, logged in {log}" in err
+
+    # Without --gate-log beside the checkpoint; with the text when asked.
+    code, again, _ = call(*common, "--policy-only", str(list_of_my_own), "--log-text")
+    beside = folder / "checkpoints" / "gate_log.jsonl"
+    assert again == out and len(interventions(beside)) == len(lines)
+    assert all(line["text"].startswith("xyz") for line in interventions(beside))
+    beside.unlink()
+
+
+def test_the_default_policy_holds_unless_it_is_replaced(call, tmp_path, monkeypatch):
+    """A model that wants nothing but to complete a card number."""
+    logits = torch.zeros(256)
+    logits[ord("1")] = 90.0
+    monkeypatch.setattr(ByteStream, "logits", lambda self: logits.expand(self.batch_size, -1))
+    common = [
+        "tiny.safetensors",
+        "--prompt",
+        "4111 1111 1111 111",
+        "--max-bytes",
+        "1",
+        "--temperature",
+        "0",
+        "--any-bytes",
+    ]
+    log = tmp_path / "log.jsonl"
+    assert call(*common, "--gate-log", str(log))[1] == "\0"
+    (line,) = interventions(log)
+    assert (line["category"], line["rule"], line["byte"], line["position"]) == ("privacy", "card-grouped", ord("1"), 0)
+    assert line["mass"] > 0.999
+    other = tmp_path / "other.toml"
+    other.write_text('[c]\nphrases = ["x"]')
+    assert call(*common, "--policy", str(other), "--gate-log", str(log))[1] == "\0"
+    assert call(*common, "--policy-only", str(other))[:2] == (0, "1")
+
+
+def test_a_log_that_cannot_be_written_does_not_stop_the_text(call, folder, tmp_path, monkeypatch):
+    policy = tmp_path / "p.toml"
+    policy.write_text('[c]\nphrases = ["a", "e"]\nword_boundaries = false')
+    common = [
+        "tiny.safetensors",
+        "--prompt",
+        "x",
+        "--max-bytes",
+        "60",
+        "--seed",
+        "3",
+        "--temperature",
+        "1.5",
+        "--policy",
+    ]
+    text = call(*common, str(policy), "--gate-log", str(tmp_path / "log"))[1]
+    monkeypatch.setattr("model.genesis.byte_gate.os.open", refuse)
+    code, out, err = call(*common, str(policy))
+    assert (code, out) == (0, text) and err.count("\n") == 1 and "not logged: No space left" in err
+    code, out, err = call(*common, str(policy), "--gate-log", str(tmp_path / "log"))
+    assert (code, out) == (1, text) and err.count("\n") == 2 and "--gate-log" in err.splitlines()[1]
+
+
+def refuse(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["policy ", "No such file"]),
+        ("[c", ["TOML"]),
+        ("[c]\nphrases = [1]", ["[c] phrases 1=1"]),
+        ('[c]\npatterns = ["a*"]', ["[c] patterns 1", "'a*'", "empty text"]),
+    ],
+)
+@pytest.mark.parametrize("option", ["--policy", "--policy-only"])
+def test_bad_policies_get_one_line_and_code_2(call, tmp_path, option, text, words):
+    path = tmp_path / "policy.toml"
+    if text is not None:
+        path.write_text(text)
+    code, out, err = call("missing.safetensors", "--prompt", "x", option, str(path))
+    assert code == 2 and out == "" and err.count("\n") == 1 and str(path) in err
+    assert all(word in err for word in [*words, "accepted"]), err
+
+
+def test_a_bad_place_for_the_log_gets_one_line_and_code_2(call, tmp_path):
+    code, out, err = call("tiny.safetensors", "--prompt", "x", "--gate-log", str(tmp_path / "no" / "log"))
+    assert code == 2 and out == "" and err.count("\n") == 1 and "--gate-log" in err and "accepted" in err
