@@ -62,6 +62,26 @@ def parse_arguments() -> argparse.Namespace:
     petals.add_argument("--grow-by", help="petals or blocks: what auto adds (default: petals)")
     petals.add_argument("--grow-left", help="frozen or thawed: whether grown trees go on learning (default: frozen)")
 
+    genesis = parser.add_argument_group("GENESIS: keeping what was learned (docs/genesis.md)")
+    genesis.add_argument(
+        "--genesis", help="what auto means below: off, on (what has earned its place) or all (default: on)"
+    )
+    genesis.add_argument("--replay", help="rehearse earlier stages: auto, off, recomputed or stored (default: auto)")
+    genesis.add_argument("--replay-rows", type=int, metavar="N", help="sequences a step (default: 1/16 of the batch)")
+    genesis.add_argument("--replay-size", type=int, metavar="N", help="sequences remembered in all (default: 8192)")
+    genesis.add_argument("--replay-weight", type=float, help="of their loss (default: as if they were the batch's)")
+    genesis.add_argument(
+        "--replay-depth", type=int, metavar="N", help="blocks that the replay point moves to (default: 0)"
+    )
+    genesis.add_argument(
+        "--replay-mixed", action="store_const", const=True, help="one memory of all stages: usual experience replay"
+    )
+    genesis.add_argument("--amplifier", help="of hidden gradients: auto, off, anchor, rate or both (default: auto)")
+    genesis.add_argument("--persistence", help="protect what feeds important units: auto, off or on (default: auto)")
+    genesis.add_argument("--persistence-strength", type=float, help="λ of its pull (default: 0.5)")
+    genesis.add_argument("--learning-curve", help="slow start and boom, by novelty: auto, off or on (default: auto)")
+    genesis.add_argument("--balance", help="GradNorm of main and replay loss: auto, off or on (default: auto)")
+
     where = parser.add_argument_group("where, and what it leaves")
     where.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     where.add_argument("--no-graph", action="store_true", help="do not capture the step as a CUDA graph")

@@ -1,7 +1,7 @@
-"""One run for each change to the default recipe: what a part of the model or of the training is worth.
+"""One run for each change to plain training: what a part of the model or of the training is worth.
 
     python benchmarks/ablations.py --preset small --curriculum local --out runs/ablations
-    python benchmarks/ablations.py --only default,adamw-1e-3,no-thinking
+    python benchmarks/ablations.py --only plain,adamw-1e-3,no-thinking
 
 Every variant trains on the same bytes with the same seed. The table at the end has the BPC of every stage's validation
 split, whole, after the last stage; what the earlier stages' splits lost since their own stage; size, speed, and seconds
@@ -64,9 +64,53 @@ def last_stage_alone(trainer: Trainer) -> None:
     trainer.samplers = [last] * len(trainer.samplers)
 
 
+def even_replay(trainer: Trainer) -> None:
+    """Replay draws all entries alike, whatever their loss."""
+    memory = trainer.genesis.memory
+    memory.reprioritise = lambda rings, rows, values, stage: None
+    for ring in memory.rings:
+        write = ring.write
+        ring.write = lambda hidden, target, priority, write=write, **options: write(
+            hidden, target, torch.where(priority.isfinite(), 1.0, priority), **options
+        )
+
+
+FISHER_BATCHES, FISHER_LARGEST = 32, 50.0  # the largest in units of the mean: a pull must not overshoot
+
+
+def elastic_weights(trainer: Trainer, strength: float = 1.0) -> None:
+    """Elastic weight consolidation (Kirkpatrick et al. 2017), online (Schwarz et al. 2018), for comparison.
+
+    When a stage ends, the squared gradients of some of its batches are added to a diagonal of importance, and the
+    weights become the reference. The pull is decoupled, as that of GENESIS's persistence.
+    """
+    optimizer, model = trainer.training_step.optimizer, trainer.model
+    fisher, reference = torch.zeros_like(optimizer.values), optimizer.values.detach().clone()
+    pull = torch.zeros_like(fisher)
+    optimizer.modifiers.append(lambda updates: updates.addcmul_(pull, optimizer.values.detach() - reference))
+    evaluate = trainer._evaluate
+
+    def evaluate_and_consolidate(stage_ended: bool) -> None:
+        evaluate(stage_ended)
+        if not stage_ended or trainer.step == trainer.options.steps:
+            return
+        sampler = trainer.samplers[trainer.boundaries.index(trainer.step)]
+        for i in range(FISHER_BATCHES):
+            optimizer.zero_grad()
+            batch = sampler.batch(max(0, sampler.index - 1 - i)).to(trainer.device)
+            with torch.autocast(trainer.device.type, trainer.amp_dtype, enabled=trainer.amp_dtype is not None):
+                loss = model.loss(batch)
+            loss.backward()
+            fisher.addcmul_(optimizer.grads, optimizer.grads)
+        reference.copy_(optimizer.values.detach())
+        pull.copy_((fisher / fisher.mean()).clamp_(max=FISHER_LARGEST).mul_(strength))
+
+    trainer._evaluate = evaluate_and_consolidate
+
+
 @dataclass(frozen=True)
 class Variant:
-    """A change to the default recipe."""
+    """A change to plain training."""
 
     options: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -75,6 +119,9 @@ class Variant:
     model: Callable[[AGIFormer], None] = lambda model: None
     trainer: Callable[[Trainer], None] = lambda trainer: None
 
+
+# Switches of GENESIS, off where a variant does not say otherwise.
+MECHANISMS = ("replay", "amplifier", "persistence", "learning_curve", "balance")
 
 # Plans of growth: at the ends of the first two stages of the default curriculum's 15 / 25 / 60%.
 FIRST, SECOND = 0.15, 0.40
@@ -96,8 +143,11 @@ def blocks_thawed(n_layers: int) -> tuple[str, ...]:
 SET_ONCE = {"freeze": "chrysalis", "freeze_at": "{first}", "freeze_threshold": 0.85}
 ALL_ONCE = {"freeze": "chrysalis", "freeze_at": "{first}", "freeze_threshold": 2.0, "viscosity": "off"}
 
+# Replay from memory of about 1 MiB with `small`'s sequences of 1 KiB: 1024 in bytes, 4 as latents.
+MEBIBYTE = {"replay_size": 1024}
+
 VARIANTS = {
-    "default": Variant(),
+    "plain": Variant({"genesis": "off"}),
     "batch-8": Variant({"batch_size": 8, "lr": 3e-3}),
     "batch-16": Variant({"batch_size": 16}),
     "batch-24": Variant({"batch_size": 24}),
@@ -135,6 +185,24 @@ VARIANTS = {
     "adamw-petals-8": Variant({"optimizer": "adamw", "lr": 1e-3, "grow": "{first}:petals=8"}),
     "adamw-petals-8-set": Variant({"optimizer": "adamw", "lr": 1.25e-3, "grow": "{first}:petals=8"} | SET_ONCE),
     "auto": Variant({"grow": "auto", "freeze": "cryogenic", "lr": 5e-3}),
+    # GENESIS: what is on by default, each mechanism alone, all of them, and what the field would do
+    "default": Variant({"genesis": "on"}),
+    "replay": Variant({"replay": "recomputed"}),
+    "replay-even": Variant({"replay": "recomputed"}, trainer=even_replay),
+    "replay-depth-2": Variant({"replay": "recomputed", "replay_depth": 2}),
+    "replay-1-MiB": Variant({"replay": "recomputed"} | MEBIBYTE),
+    "replay-stored": Variant({"replay": "stored", "replay_size": 1024}),
+    "replay-stored-depth-2": Variant({"replay": "stored", "replay_size": 1024, "replay_depth": 2}),
+    "experience-replay": Variant({"replay": "recomputed", "replay_mixed": True}, trainer=even_replay),
+    "experience-replay-1-MiB": Variant({"replay": "recomputed", "replay_mixed": True} | MEBIBYTE, trainer=even_replay),
+    "amplifier-rate": Variant({"amplifier": "rate"}),
+    "amplifier-anchor": Variant({"amplifier": "anchor"}),
+    "amplifier": Variant({"amplifier": "both"}),
+    "persistence": Variant({"persistence": "on"}),
+    "learning-curve": Variant({"learning_curve": "on"}),
+    "replay-balance": Variant({"replay": "recomputed", "balance": "on"}),
+    "all": Variant({"genesis": "all"}),
+    "elastic-weights": Variant(trainer=elastic_weights),
 }
 
 
@@ -142,11 +210,15 @@ def run(name: str, arguments: argparse.Namespace, device: torch.device) -> list[
     """Train one variant → its row of the table."""
     variant = VARIANTS[name]
     options = TrainingOptions.build(
-        arguments.preset, arguments.curriculum, steps=arguments.steps, batch_size=arguments.batch_size
+        arguments.preset,
+        arguments.curriculum,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        seq_len=arguments.seq_len,
     )
     # Another batch size means as many more steps on the same bytes.
     steps = options.steps * options.batch_size // variant.options.get("batch_size", options.batch_size)
-    changes = dict(variant.options)
+    changes = ({} if "genesis" in variant.options else dict.fromkeys(MECHANISMS, "off")) | variant.options
     config = replace(AGIFormerConfig.preset(arguments.preset).with_settings(arguments.set), **variant.config)
     config = replace(config, growth=variant.growth(config.n_layers))
     half = (config.n_layers + 1) // 2
@@ -198,6 +270,7 @@ def main() -> int:
     parser.add_argument("--curriculum", default="local", help="as for train_curriculum.py (default: local)")
     parser.add_argument("--steps", type=int, help="steps of each run (default: the preset's)")
     parser.add_argument("--batch-size", type=int, help="sequences per step (default: the preset's)")
+    parser.add_argument("--seq-len", type=int, help="bytes per sequence (default: the preset's)")
     parser.add_argument("--only", help=f"comma-separated, of {', '.join(VARIANTS)} (default: all)")
     parser.add_argument("--out", default="runs/ablations", help="folder of the runs (default: runs/ablations)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")

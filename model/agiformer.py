@@ -140,12 +140,19 @@ class AGIFormer(nn.Module):
         return start.expand(batch_size, 1, -1)
 
     def trunk(
-        self, latents: Tensor, state: TrunkState | None = None, *, first: int = 0, visit: Visit | None = None
+        self,
+        latents: Tensor,
+        state: TrunkState | None = None,
+        *,
+        first: int = 0,
+        last: int | None = None,
+        visit: Visit | None = None,
     ) -> tuple[Tensor, TrunkState]:
         """Run the blocks over latents [B, T, D] that follow `state` → [B, T, D] and the state after them.
 
         Args:
             first: number of blocks that the latents have passed already.
+            last: number of blocks that they have passed at the end; all when None.
             visit: called before the first block, between blocks and after the last; may change the latents, and add
                 rows to the batch.
         """
@@ -162,7 +169,7 @@ class AGIFormer(nn.Module):
         if visit is not None:
             latents = visit(first, latents)
         x, *added = self._split(latents)
-        for i in range(first, n):
+        for i in range(first, n if last is None else last):
             x = run(self.blocks[i], x, i)
             if self.anchors is not None:
                 x = x + self.anchors[i].to(x.dtype)

@@ -18,8 +18,8 @@ def plot_curriculum(metrics: dict[str, Any], path: str | os.PathLike) -> Path:
 
     Args:
         metrics: {"stages": [{"name", "plasticity", "start", "end"}], "train": [{"step", "bpc"}],
-            "evaluations": [{"step", "bpc": {stage: value}}], "growth": [{"step", "what", "parameters"}]};
-            steps from 0, `end` exclusive, BPC in bits per byte.
+            "evaluations": [{"step", "bpc": {stage: value}}], "growth": [{"step", "what", "parameters"}],
+            "boom": {"step"} or None}; steps from 0, `end` exclusive, BPC in bits per byte.
             Lists may be empty or missing, and values that are None or not finite are left out.
         path: the file, replaced atomically.
 
@@ -37,6 +37,8 @@ def plot_curriculum(metrics: dict[str, Any], path: str | os.PathLike) -> Path:
     stages = metrics.get("stages") or []
     _draw_stages(axes, stages)
     _draw_growth(axes, metrics.get("growth") or [])
+    if metrics.get("boom"):
+        _mark(axes, metrics["boom"]["step"], "boom", color="C3")
     lines = _draw_train(axes, metrics.get("train") or [])
     lines += _draw_evaluations(axes, metrics.get("evaluations") or [], [stage["name"] for stage in stages])
     if lines:
@@ -78,20 +80,25 @@ def _draw_stages(axes, stages: list[dict[str, Any]]) -> None:
 
 
 def _draw_growth(axes, events: list[dict[str, Any]]) -> None:
-    """A dotted line where the model grew, with what and to how many parameters."""
+    """A mark where the model grew, with what and to how many parameters."""
     for event in events:
-        axes.axvline(event["step"], color="0.3", linestyle=":", linewidth=1.2)
-        axes.text(
-            event["step"],
-            0.02,
-            f" {event['what']}: {event['parameters'] / 1e6:.3g} M",
-            transform=axes.get_xaxis_transform(),
-            rotation=90,
-            va="bottom",
-            fontsize=8,
-            color="0.3",
-            parse_math=False,
-        )
+        _mark(axes, event["step"], f"{event['what']}: {event['parameters'] / 1e6:.3g} M")
+
+
+def _mark(axes, step: int, text: str, color: str = "0.3") -> None:
+    """A dotted line at a step, with its text along it."""
+    axes.axvline(step, color=color, linestyle=":", linewidth=1.2)
+    axes.text(
+        step,
+        0.02,
+        f" {text}",
+        transform=axes.get_xaxis_transform(),
+        rotation=90,
+        va="bottom",
+        fontsize=8,
+        color=color,
+        parse_math=False,
+    )
 
 
 def _draw_train(axes, points: list[dict[str, Any]]) -> list:

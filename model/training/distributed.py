@@ -33,6 +33,17 @@ class Workers:
             dist.all_reduce(tensor)
             tensor.div_(self.size)
 
+    def gather(self, tensor: Tensor, device: torch.device) -> list[Tensor]:
+        """Every worker's tensor of one shape, by rank, on `device`, which the process group can reach."""
+        if self.size == 1:
+            return [tensor]
+        # As bytes: not every backend has every type.
+        tensor = tensor.to(device).contiguous()
+        flat = tensor.reshape(-1).view(torch.uint8)
+        parts = [torch.empty_like(flat) for _ in range(self.size)]
+        dist.all_gather(parts, flat)
+        return [part.view(tensor.dtype).view(tensor.shape) for part in parts]
+
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether any worker has the flag raised (synchronises; for the control flow between steps)."""
         if self.size == 1:

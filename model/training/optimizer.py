@@ -9,6 +9,7 @@ Notable: every region first writes its update for a learning rate of 1, and one 
 viscoelastic state may damp the updates weight by weight, and petals that have set theirs petal by petal.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,8 @@ class MuonAdamW:
             raise ValueError(f"optimizer={optimizer!r}: accepted are {', '.join(OPTIMIZERS)}")
         self.betas, self.momentum, self.eps, self.weight_decay = betas, momentum, eps, weight_decay
         self.kind, self.viscoelastic, self.divider = optimizer, viscosity, divider
+        # Called in each step with all updates for a learning rate of 1, flat as `values`, to change them in place.
+        self.modifiers: list[Callable[[Tensor], None]] = []
         device = next(model.parameters()).device
         self.lr = torch.tensor(float(lr), device=device)
         self.steps = torch.zeros((), device=device)
@@ -246,6 +249,8 @@ class MuonAdamW:
                 self._adamw(grads, first, second, ok)
             if region.kind != "plain" and self.weight_decay:
                 grads.add_(values, alpha=self.weight_decay)
+        for modify in self.modifiers:
+            modify(g)
         if self.viscosity is not None:
             self.viscosity.damp_(g, ok)
         for span, petals, factor in self._petals:

@@ -5,9 +5,19 @@ from typing import Any
 
 from model.petals.crystallization import CrystallizationOptions
 from model.petals.viscoelastic import ViscoelasticOptions
+from model.training.genesis import GenesisOptions
 from model.training.growth import parse_growth
 from model.training.optimizer import OPTIMIZERS
 
+GENESIS = ("off", "on", "all")
+REPLAY = ("auto", "off", "recomputed", "stored")
+AMPLIFIER = ("auto", "off", "anchor", "rate", "both")
+SWITCH = ("auto", "off", "on")
+# What "auto" is under --genesis on, and under all: docs/results.md says what each earned.
+GENESIS_DEFAULTS = {
+    "on": {"replay": "recomputed", "amplifier": "off", "persistence": "off", "learning_curve": "off", "balance": "off"},
+    "all": {"replay": "recomputed", "amplifier": "both", "persistence": "on", "learning_curve": "on", "balance": "on"},
+}
 AMP = ("auto", "bf16", "fp16", "off")
 VISCOSITY = ("auto", "off", "resistance", "ema")
 FREEZE = ("off", "cryogenic", "chrysalis")
@@ -56,6 +66,18 @@ class TrainingOptions:
     grow_rule: str = "student-t"  # of "auto": when
     grow_by: str = "petals"  # of "auto": what, "petals" or "blocks"
     grow_left: str = "frozen"  # whether the tree that was there goes on learning: "frozen" or "thawed"
+    genesis: str = "on"  # what "auto" means below: "off", "on" (what has earned its place) or "all"
+    replay: str = "auto"  # rehearse earlier stages: "off", "recomputed" (from bytes) or "stored" (latents)
+    replay_rows: int | None = None  # sequences that rehearse in a step; 1/16 of the batch when None
+    replay_size: int = 8192  # sequences remembered in all, on each device
+    replay_weight: float | None = None  # of the replay loss; as if its rows were the batch's when None
+    replay_depth: int = 0  # blocks that the replay point has passed at the end; it moves with the stages
+    replay_mixed: bool = False  # one memory of all stages, drawn from throughout: the usual experience replay
+    amplifier: str = "auto"  # anchor flagged units, amplify the "rate" of what feeds them, or both
+    persistence: str = "auto"  # pull what feeds important units to its state at the end of the stage before
+    persistence_strength: float = 0.5  # λ of that pull, in units of the learning rate
+    learning_curve: str = "auto"  # slow start, then a boom when the novelty has dropped
+    balance: str = "auto"  # GradNorm between main and replay loss
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "eval_bytes", "eval_context"):
@@ -77,9 +99,23 @@ class TrainingOptions:
             ("grow_rule", GROWTH_RULES),
             ("grow_by", ("petals", "blocks")),
             ("grow_left", ("frozen", "thawed")),
+            ("genesis", GENESIS),
+            ("replay", REPLAY),
+            ("amplifier", AMPLIFIER),
+            *((name, SWITCH) for name in ("persistence", "learning_curve", "balance")),
         ):
             self._accept(name, f"one of {', '.join(accepted)}", lambda v, accepted=accepted: v in accepted)
         self._accept("freeze_threshold", "a number > 0", lambda v: v is None or 0 < v < float("inf"))
+        self._accept("replay_rows", "an integer ≥ 1", lambda v: v is None or (_is_int(v) and v >= 1))
+        self._accept("replay_size", "an integer ≥ 1", lambda v: _is_int(v) and v >= 1)
+        self._accept("replay_depth", "an integer ≥ 0", lambda v: _is_int(v) and v >= 0)
+        for name in ("replay_weight", "persistence_strength"):
+            self._accept(name, "a number ≥ 0", lambda v: v is None or 0 <= v < float("inf"))
+        for name in GENESIS_DEFAULTS["on"]:
+            if self.genesis == "off" and getattr(self, name) not in ("auto", "off"):
+                raise ValueError(f"{name}={getattr(self, name)!r}: accepted with genesis='off' are auto, off")
+        if self.balance == "on" and self._chosen("replay") == "off":
+            raise ValueError("balance='on': accepted with replay='off' are auto, off, as it balances the replay loss")
         if self.freeze == "off" and self.freeze_at != "evaluations":
             raise ValueError(f"freeze_at={self.freeze_at!r}: accepted with freeze='off' is evaluations")
         if self.grow == "auto" and self.freeze == "off":
@@ -149,6 +185,30 @@ class TrainingOptions:
         if not all(part.strip().isdecimal() for part in parts):
             raise ValueError(f"freeze_at={self.freeze_at!r}: accepted are evaluations, or steps as 131,350")
         return tuple(int(part) for part in parts)
+
+    def _chosen(self, name: str) -> str:
+        """A mechanism's setting, with what "auto" means."""
+        value = getattr(self, name)
+        if value != "auto":
+            return value
+        return "off" if self.genesis == "off" else GENESIS_DEFAULTS[self.genesis][name]
+
+    @property
+    def genesis_options(self) -> GenesisOptions:
+        """The mechanisms of GENESIS that this run uses."""
+        rows = self.replay_rows or max(1, self.batch_size // 16)
+        return GenesisOptions(
+            replay=self._chosen("replay"),
+            replay_rows=rows,
+            replay_size=self.replay_size,
+            replay_weight=rows / self.batch_size if self.replay_weight is None else self.replay_weight,
+            replay_depth=self.replay_depth,
+            replay_mixed=self.replay_mixed,
+            amplifier=self._chosen("amplifier"),
+            persistence=self.persistence_strength if self._chosen("persistence") == "on" else 0.0,
+            learning_curve=self._chosen("learning_curve") == "on",
+            balance=self._chosen("balance") == "on",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for checkpoints and metrics."""

@@ -118,7 +118,9 @@ def _options(
         arguments.curriculum = str(Path(arguments.curriculum).resolve())
     names = ("steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "warmup", "decay", "clip", "amp")
     names += ("seed", "eval_every", "save_every", "viscosity", "freeze", "freeze_at", "freeze_rule", "freeze_threshold")
-    names += ("grow", "grow_rule", "grow_by", "grow_left")
+    names += ("grow", "grow_rule", "grow_by", "grow_left", "genesis", "replay", "replay_rows", "replay_size")
+    names += ("replay_weight", "replay_depth", "replay_mixed", "amplifier", "persistence", "persistence_strength")
+    names += ("learning_curve", "balance")
     given = {name: getattr(arguments, name) for name in names}
     for name in ("hull", "petals"):
         if getattr(arguments, name) is not None:

@@ -3,8 +3,8 @@
 Static shapes and no host synchronisation: learning rate, plasticity, the loss and the decision to skip a non-finite
 step are device tensors. The eager path is the reference; a captured step runs the same kernels.
 
-The lines are numbered as in the whole design, where 2, 3, 5, 8 and 9 are replay loss, consolidation, amplifier, replay
-write and novelty.
+The lines are numbered as in the whole design. Without GENESIS those that are its own are left out, and the rest is the
+same to the bit.
 """
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.agiformer import AGIFormer
 from model.training.distributed import Workers
+from model.training.genesis import Genesis
 from model.training.optimizer import MuonAdamW
 
 EAGER_STEPS = 3  # steps run eagerly before capture: libraries allocate their workspaces in them
@@ -24,6 +25,7 @@ class TrainingStep:
         amp_dtype: torch.bfloat16, torch.float16 (then with a GradScaler) or None for float32.
         clip_norm: largest gradient norm.
         graph: capture the step on CUDA after a few eager ones, again for every new batch shape.
+        genesis: its mechanisms; None for plain training.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class TrainingStep:
         clip_norm: float = 1.0,
         graph: bool = False,
         workers: Workers | None = None,
+        genesis: Genesis | None = None,
     ):
+        self.genesis = genesis
         self.model = model
         self.optimizer = optimizer
         self.amp_dtype = amp_dtype
@@ -85,16 +89,25 @@ class TrainingStep:
         self._captured = graph
 
     def _step(self, x: Tensor) -> Tensor:
-        model, optimizer, scaler = self.model, self.optimizer, self.scaler
+        model, optimizer, scaler, genesis = self.model, self.optimizer, self.scaler, self.genesis
         optimizer.zero_grad()
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            loss = model.loss(x)  # 1. main loss
-        scaler.scale(loss).backward()  # 4. backward,
+            if genesis is None:
+                loss = total = model.loss(x)  # 1. main loss
+            else:
+                loss, total = genesis.losses(x)  # 1. main loss; 2. replay loss, balanced
+        scaler.scale(total).backward()  # 4. backward,
         self.workers.average_(optimizer.grads)
         scaler.unscale_(optimizer)  #    unscale
-        optimizer.clip(self.clip_norm)  # 6. clip; notes non-finite gradients
-        scaler.step(optimizer)  # 7. optimizer step, skipped on the device when they are
+        if genesis is not None:
+            genesis.amplify()  # 5. amplifier, by the hidden gradients
+            genesis.pace()  # learning rate by the novelty so far
+        norm = optimizer.clip(self.clip_norm)  # 6. clip; notes non-finite gradients
+        scaler.step(optimizer)  # 7. optimizer step, skipped on the device when they are; 3. consolidation, decoupled
         scaler.update()
+        if genesis is not None:
+            genesis.remember(norm.isfinite())  # 8. replay write, anchors
+            genesis.note()  # 9. novelty
         return loss.detach()
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -3,8 +3,9 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from model.evaluation.convexity import hull_radii
 from model.evaluation.plots import plot_curriculum
 from model.evaluation.report import number
 from model.files import write_atomically
+from model.genesis.automaton import compile_policy
+from model.genesis.policy import load_policy
+from model.kernels.automaton import blocked_targets
 from model.layers.pyramid import Node, learning_leaves
 from model.petals.crystallization import Crystallization
 from model.petals.growth import FreezingProcess, GrowthPolicy
@@ -31,6 +35,7 @@ from model.training.checkpoint import (
     save_checkpoint,
 )
 from model.training.distributed import Workers
+from model.training.genesis import Genesis
 from model.training.growth import GrowthStep, carry_out, parse_growth
 from model.training.metrics import LOG, METRICS, Metrics, finite
 from model.training.optimizer import MuonAdamW
@@ -95,10 +100,13 @@ class Trainer:
         self.boundaries = curriculum.boundaries(options.steps)
         self._open_data(cache_dir)
         torch.manual_seed(options.seed)
-        self.model = AGIFormer(config).to(device)
+        anchored = options.genesis_options.amplifier in ("anchor", "both")
+        self.model = AGIFormer(replace(config, anchors=anchored)).to(device)
         self.amp_dtype = amp_dtype(options.amp, device)
         self.graph = graph
         self._make_step()
+        curved = self.genesis is not None and self.genesis.curve is not None
+        self.slow_samplers = self._slow_start_samplers() if curved else []
         self.plan = self._checked_plan(config)
         self.policy = GrowthPolicy(options.grow_rule)
         self.freezing = FreezingProcess()
@@ -128,6 +136,19 @@ class Trainer:
             # Also without freezing: petals of a loaded model may have been frozen by hand.
             divider=options.crystallization.divider,
         )
+        self.genesis: Genesis | None = None
+        if options.genesis_options.any:
+            self.genesis = Genesis(
+                self.model,
+                optimizer,
+                options.genesis_options,
+                batch_size=options.batch_size,
+                entry=min(stage.seq_len or options.seq_len for stage in self.curriculum.stages),
+                stages=len(self.curriculum.stages),
+                steps=options.steps,
+                workers=self.workers,
+                blocked=self._blocked_targets() if options.genesis_options.watches else None,
+            )
         self.training_step = TrainingStep(
             self.model,
             optimizer,
@@ -135,8 +156,14 @@ class Trainer:
             clip_norm=options.clip,
             graph=self.graph,
             workers=self.workers,
+            genesis=self.genesis,
         )
         self.crystallization = Crystallization(self.model, options.crystallization)
+
+    def _blocked_targets(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Which targets of a batch the gate's default policy blocks: what generation must not say is not amplified."""
+        tables = compile_policy(load_policy()).tables(self.device)
+        return lambda x: blocked_targets(tables, x)
 
     def _open_data(self, cache_dir: str | Path | None) -> None:
         # With several workers the store's own lock lets one encode and the others find it done.
@@ -156,6 +183,36 @@ class Trainer:
             )
             for i, (stage, store) in enumerate(zip(self.curriculum.stages, self.stores))
         ]
+
+    def _slow_start_samplers(self) -> list[CropSampler]:
+        """What the stages show before the boom: as many bytes a step, in short crops, of the beginning of each text."""
+        samplers = []
+        patch = self.model.config.patch_size
+        for i, (full, store) in enumerate(zip(self.samplers, self.stores)):
+            # Whole patches, so that the latents of crops that follow each other in memory are those of its bytes.
+            length = min(full.seq_len, math.ceil(full.seq_len * self.genesis.curve.options.shortest / patch) * patch)
+            region = np.asarray(store.train)
+            part = max(min(length, len(region)), int(len(region) * self.genesis.curve.options.narrowest))
+            offsets = np.asarray(store.offsets)
+            samplers.append(
+                CropSampler(
+                    region[:part],
+                    length,
+                    full.batch_size * -(-full.seq_len // length),
+                    self.options.seed,
+                    rank=self.workers.rank,
+                    world_size=self.workers.size,
+                    crops=full.crops,
+                    stream=len(self.samplers) + i,
+                    offsets=offsets[offsets < part] if full.crops == "document" else None,
+                )
+            )
+        return samplers
+
+    def _sampler(self, index: int) -> CropSampler:
+        """Where a stage's next batch comes from."""
+        slow = self.slow_samplers and self.metrics.data["boom"] is None
+        return self.slow_samplers[index] if slow else self.samplers[index]
 
     def _empty_metrics(self) -> dict[str, Any]:
         stages = []
@@ -186,6 +243,8 @@ class Trainer:
             "retention": [],
             "growth": [],
             "hulls": [],
+            "genesis": [],
+            "boom": None,
             "best": None,
             "skipped_steps": 0,
         }
@@ -237,12 +296,15 @@ class Trainer:
     def _train_one(self) -> None:
         index = self.curriculum.stage_at(self.step, self.options.steps)
         self.training_step.optimizer.set_lr(self._learning_rate(self.step))
+        if self.genesis is not None and index != int(self.genesis.stage):
+            self.genesis.enter_stage(index)
+            self.training_step.recapture()
         if self.device.type == "cpu":
             # Routers draw in training. On a CPU they draw a number of values that depends on the values: a state that
             # follows from the step keeps workers and resumed runs apart from such histories.
             self._seed_cpu(self.workers.rank)
         self.model.set_plasticity(self.curriculum.stages[index].plasticity)
-        batch = self.samplers[index].next()
+        batch = self._sampler(index).next()
         if self.device.type == "cuda":
             batch = batch.pin_memory()
         self.losses[self.step % LOG_EVERY] = self.training_step.run(batch)
@@ -263,6 +325,8 @@ class Trainer:
             changes = carry_out(self.model, what, thawed=self.options.grow_left == "thawed")
             self.training_step.recapture()  # lets go of the old graph's memory first
             self.training_step.optimizer.rebuild(self.model)
+            if self.genesis is not None:
+                self.genesis.rebuild()
             self.crystallization.refresh()
             self.freezing.expanded(self.step)
         row = {
@@ -353,11 +417,13 @@ class Trainer:
         row = {"step": self.step, "stage": stage.name, "bpc": bpc}
         self.metrics.data["train"].append(row)
         now = time.monotonic()
-        bytes_per_step = self.options.batch_size * self.samplers[index].seq_len * self.workers.size
+        sampler = self._sampler(index)
+        bytes_per_step = sampler.batch_size * sampler.seq_len * self.workers.size
         speed = (self.step - self._clock[1]) * bytes_per_step / max(1e-9, now - self._clock[0])
         self.speeds.append(speed)
         self.training_seconds += now - self._clock[0]
         self._clock = (now, self.step)
+        self._find_boom()
         self.metrics.event("train", **row, bytes_per_second=round(speed), skipped_steps=skipped)
         self.bar.update(self.step - self.bar.n)
         self.bar.set_postfix_str(
@@ -365,6 +431,16 @@ class Trainer:
             f"{speed / 1e6:.3g} MB/s" + (f" skipped {skipped}" if skipped else "") + self._petals_text,
             refresh=False,
         )
+
+    def _find_boom(self) -> None:
+        """Note the boom of the learning curve when it has come: from here on sequences are long and the text is all."""
+        if not self.slow_samplers or self.metrics.data["boom"] is not None or not self.genesis.curve.boomed:
+            return
+        curve = self.genesis.curve
+        self.metrics.data["boom"] = {"step": int(curve.boom_step), "novelty": finite(curve.novelty().item())}
+        self.metrics.event("boom", **self.metrics.data["boom"])
+        if not self.quiet:
+            tqdm.write(f"step {self.step}: the boom came at step {int(curve.boom_step)}", file=sys.stderr)
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
@@ -404,6 +480,10 @@ class Trainer:
                 figures = "  ".join(f"{name} {number(value)}" for name, value in bpc.items())
                 tqdm.write(f"step {self.step}: validation BPC  {figures}", file=sys.stderr)
         self._observe_petals()
+        if self.genesis is not None:
+            row = {"step": self.step, **self.genesis.report()}
+            self.metrics.data["genesis"].append(row)
+            self.metrics.event("genesis", **row)
         self.workers.barrier()
         self._saved_step = None  # the metrics have changed
 
@@ -426,13 +506,14 @@ class Trainer:
     # ── saving and resuming ──────────────────────────────────────────────────────────────────────────────────────
 
     def _save(self) -> None:
+        tensors = self._state_tensors()  # on every worker: they send the main one theirs
         if self.workers.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
             self.metrics.data["skipped_steps"] = int(self.training_step.optimizer.skipped.item())
             save_checkpoint(
                 self.model,
                 self.out / LAST,
-                tensors=self._state_tensors(),
+                tensors=tensors,
                 values={
                     "step": self.step,
                     "metrics": self.metrics.data,
@@ -445,14 +526,21 @@ class Trainer:
         self.workers.barrier()
 
     def _state_tensors(self) -> dict[str, torch.Tensor]:
-        state = self.training_step.state_tensors() | self.crystallization.state_tensors() | {"losses": self.losses}
+        state = self.training_step.state_tensors() | self.crystallization.state_tensors()
+        own = {"losses": self.losses}  # what differs between workers: all of it is saved, each takes its own back
         if self.device.type == "cuda":
-            # Routers draw from it inside the captured step. The CPU's follows from the seed and the step.
-            state["random.cuda"] = torch.cuda.get_rng_state(self.device)
+            # Routers and replay draw from it inside the captured step. The CPU's follows from the seed and the step.
+            own["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.genesis is not None:
+            state |= {f"genesis.{name}": tensor for name, tensor in self.genesis.shared_state().items()}
+            own |= {f"genesis.{name}": tensor for name, tensor in self.genesis.own_state().items()}
+        for name, tensor in own.items():
+            for rank, part in enumerate(self.workers.gather(tensor, self.device)):
+                state[f"worker.{rank}.{name}"] = part
         return state
 
     def _positions(self) -> list[dict[str, Any]]:
-        return [sampler.state_dict() for sampler in self.samplers]
+        return [sampler.state_dict() for sampler in (*self.samplers, *self.slow_samplers)]
 
     def resume(self, path: Path) -> None:
         """Go on from the checkpoint at `path`. Other options, another model or other data are errors that say which."""
@@ -470,10 +558,14 @@ class Trainer:
         self.training_step.optimizer.set_petals()
         self.crystallization.load_state_tensors(tensors)
         self.freezing = FreezingProcess.from_dict(values["freezing"])
-        if self.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
-        self.losses.copy_(tensors["losses"])
-        for sampler, position in zip(self.samplers, values["data"]):
+        mine = f"worker.{self.workers.rank}."
+        own = {name.removeprefix(mine): tensor for name, tensor in tensors.items() if name.startswith(mine)}
+        if self.device.type == "cuda" and "random.cuda" in own:
+            torch.cuda.set_rng_state(own["random.cuda"].cpu(), self.device)
+        if self.genesis is not None:
+            self.genesis.load({name.removeprefix("genesis."): tensor for name, tensor in (tensors | own).items()})
+        self.losses.copy_(own["losses"])
+        for sampler, position in zip((*self.samplers, *self.slow_samplers), values["data"]):
             sampler.load_state_dict(position)
         self.step = values["step"]
         run = self.metrics.data["run"]

@@ -1,0 +1,415 @@
+"""GENESIS in AGIFormer's training step (seed 000; DESIGN: Training step): what each of its lines calls.
+
+Replay rows join the batch at the replay point and go through the rest of the model together with it: one pass, and no
+kernel more than without them. Everything below runs inside the captured step: static shapes, no host synchronisation.
+What the host decides (the stage, the replay point) changes between stages, where the step is captured again.
+
+Notable: a byte model's targets are its inputs, so an entry's bytes are enough to make its latents again, by today's
+layers. That is what `replay="recomputed"` does: 1/256 of the memory of stored latents for `small`, and none
+of them grow stale. `replay="stored"` keeps them, as the seed has it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.agiformer import AGIFormer
+from model.genesis.amplifier import amplify_, anchor_, position_mean, salient_units
+from model.genesis.balance import GradNorm
+from model.genesis.learning_curve import LearningCurve, LearningCurveOptions
+from model.genesis.persistence import add_consolidation_gradient_, mobility
+from model.genesis.staged_replay import StagedReplay
+from model.layers.pyramid import Node, learning_leaves
+from model.training.distributed import Workers
+from model.training.optimizer import MuonAdamW
+
+ANCHOR_RATE, ANCHOR_DECAY, ANCHOR_MAX = 0.01, 0.99, 0.1  # η_amp, what a step keeps of an anchor, its largest value
+AMPLIFICATION = 1.0  # λ: the gradients of what feeds a flagged unit count 1 + λ times
+PROTECTION = 1.0  # s: what feeds the most important unit learns 1 + s times more slowly
+RE_ENCODED = 64  # entries that pass at once when the replay point moves
+
+
+@dataclass(frozen=True)
+class GenesisOptions:
+    """Which mechanisms a run uses. See `model.training.options.TrainingOptions` for what is accepted.
+
+    replay: "off", "recomputed" or "stored"; replay_mixed: draw from all stages alike (a baseline).
+    amplifier: "off", "anchor", "rate" or "both".
+    """
+
+    replay: str = "off"
+    replay_rows: int = 2
+    replay_size: int = 8192
+    replay_weight: float = 0.0625
+    replay_depth: int = 0
+    replay_mixed: bool = False
+    amplifier: str = "off"
+    persistence: float = 0.0  # λ of the pull towards the references; 0 is off
+    learning_curve: bool = False
+    balance: bool = False
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to do. Balance alone has nothing to balance."""
+        return self.replay != "off" or self.watches or self.learning_curve
+
+    @property
+    def watches(self) -> bool:
+        """Whether hidden gradients are looked at."""
+        return self.amplifier != "off" or self.persistence > 0
+
+
+class Genesis:
+    """The mechanisms on one model and optimizer.
+
+    Args:
+        batch_size: sequences of a full batch, which rehearses `replay_rows`; another batch rehearses in proportion.
+        entry: bytes of an entry in memory: the shortest sequence of the curriculum's stages.
+        stages, steps: numbers of them in the run.
+        blocked: called with the batch [B, L] → [B, L] bool, targets that the gate's policy blocks; None for none.
+
+    Attributes:
+        stage: the stage that the step trains; change it with `enter_stage`.
+        importance: [blocks, D] float32, how often the amplifier has flagged each unit.
+    """
+
+    def __init__(
+        self,
+        model: AGIFormer,
+        optimizer: MuonAdamW,
+        options: GenesisOptions,
+        *,
+        batch_size: int,
+        entry: int,
+        stages: int,
+        steps: int,
+        workers: Workers | None = None,
+        blocked=None,
+    ):
+        self.model, self.optimizer, self.options = model, optimizer, options
+        self.batch_size, self.entry = batch_size, entry
+        self.workers = workers or Workers()
+        self.blocked = blocked
+        self.stages = stages
+        self.stage = torch.zeros((), dtype=torch.int64)
+        device, D = model.start.device, model.config.d_model
+        n = len(model.blocks)
+        if options.replay_depth > n:
+            raise ValueError(f"replay_depth={options.replay_depth}: accepted is from 0 to {n}, the model's blocks")
+        self.memory: StagedReplay | None = None
+        if options.replay != "off" and (stages > 1 or options.replay_mixed):
+            if options.replay == "stored" and entry % model.config.patch_size:
+                raise ValueError(
+                    f"seq_len={entry}: accepted with replay='stored' is a multiple of {model.config.patch_size}"
+                )
+            latents = (entry // model.config.patch_size, model.width) if options.replay == "stored" else (0,)
+            self.memory = StagedReplay(
+                stages, options.replay_size, latents, (entry,), mixed=options.replay_mixed, device=device
+            )
+        # What all workers average in a step, as one tensor: |∂L/∂h| and h by block and unit, and the loss.
+        self._shared = torch.zeros(2 * n * D + 1, device=device)
+        self.magnitude, self.hidden = self._shared[:-1].view(2, n, D)
+        self.loss = self._shared[-1]
+        self.importance = torch.zeros(n, D, device=device)
+        self.references: dict[str, Tensor] = {}
+        self._feeding: list[list[tuple[str, torch.nn.Parameter, int]]] = []
+        self.consolidates = torch.zeros((), device=device)  # 1 once there is a reference to be pulled to
+        self.curve = LearningCurve(_curve_options(steps), device) if options.learning_curve else None
+        self.balance = GradNorm(2, device=device) if options.balance and self.memory is not None else None
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Find the weights anew after the model has grown or the optimizer was laid out anew."""
+        names = {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
+        # By the weight itself: one that grew may have the name that another had before.
+        known = {id(p): self.references[name] for block in self._feeding for name, p, _ in block if self.references}
+        self._feeding = [
+            [(names[id(p)], p, dim) for p, dim in feeding_weights(block) if id(p) in names]
+            for block in self.model.blocks
+        ]
+        if self.options.persistence:
+            self.references = {
+                name: known[id(p)] if id(p) in known else p.detach().clone()
+                for block in self._feeding
+                for name, p, _ in block
+            }
+            self.optimizer.modifiers = [self._persist]
+        if self.options.replay == "stored" and self.memory is not None:
+            for ring in self.memory.rings:
+                # Channels that `widen` has added: what they would have held is not known.
+                ring.hidden = F.pad(ring.hidden, (0, self.model.width - ring.hidden.shape[-1]))
+
+    # ── what the host decides ────────────────────────────────────────────────────────────────────────────────────
+
+    def enter_stage(self, stage: int) -> None:
+        """Go on to a stage: the one before it becomes something to rehearse and to keep. Changes the step's graph."""
+        before = self.replay_point
+        if self.references and stage > int(self.stage):
+            for block in self._feeding:
+                for name, p, _ in block:
+                    self.references[name].copy_(p.detach())
+            self.consolidates.fill_(1.0)
+        self.stage.fill_(stage)
+        if self.options.replay == "stored" and self.memory is not None:
+            self._move_latents(before, self.replay_point)
+
+    @property
+    def replay_point(self) -> int:
+        """Blocks that replayed latents do not pass, or pass without gradient: from 0 to `replay_depth` by stage."""
+        return round(self.options.replay_depth * int(self.stage) / max(1, self.stages - 1))
+
+    @torch.no_grad()
+    def _move_latents(self, start: int, stop: int) -> None:
+        """Take all stored latents through the blocks between two replay points."""
+        if stop == start:
+            return
+        training = self.model.training
+        self.model.eval()
+        for ring in self.memory.rings:
+            for rows in ring.hidden[: ring.size].split(RE_ENCODED):
+                rows.copy_(self._through(rows.float(), start, stop))
+        self.model.train(training)
+
+    def _through(self, z: Tensor, start: int, stop: int) -> Tensor:
+        """Latents after `start` blocks → after `stop` blocks."""
+        return self.model.trunk(z, first=start, last=stop)[0]
+
+    # ── the step's lines ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, L] → the main loss in nats per byte, and what is to be minimised: it and the weighted replay loss."""
+        model, stage = self.model, int(self.stage)
+        rehearses = self.memory is not None and self.memory.past(stage) > 0
+        point, stored = self.replay_point, self.options.replay == "stored"
+        B, rows, joined = len(x), x, None
+        if rehearses:
+            latents, targets, valid = self._rehearsal(x, stage)
+            rows = torch.cat([x, targets])
+            if stored:
+                joined = latents
+            elif point:
+                with torch.no_grad():
+                    joined = self._through(model.latents(targets), 0, point)
+        self._batch, self._kept = x, None
+
+        def visit(depth: int, z: Tensor) -> Tensor:
+            if depth == point:
+                self._kept = z[:B].detach()
+                if joined is not None:
+                    z = torch.cat([z, joined.to(z.dtype)])
+            if depth and self.options.watches and z.requires_grad:
+                self._watch(depth - 1, z, B)
+            return z
+
+        if self.options.watches:
+            self._counts = self._positions_that_count(x)
+        z, _ = model.trunk(model.latents(x if joined is not None else rows), visit=visit)
+        logits = model.read_out(model.think(z), rows)
+        each = F.cross_entropy(logits.flatten(0, 1), rows.flatten().long(), reduction="none").view(len(rows), -1)
+        # One mean over all bytes, as in `model.loss`: a mean of means would round the gradients otherwise.
+        loss = each[:B].mean()
+        each = each.mean(1)
+        self._row_losses = each.detach()
+        self.loss.copy_(loss.detach())
+        if not rehearses:
+            return loss, loss
+        valid = valid.to(each.dtype)
+        replayed = (each[B:] * valid).sum() / valid.sum().clamp_min(1)
+        weights = (1.0, self.options.replay_weight)
+        if self.balance is not None:
+            weights = self._balanced(loss, replayed, weights)
+        return loss, weights[0] * loss + weights[1] * replayed
+
+    def _rehearsal(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that rehearse beside x [B, L]: latents [R, T, D], bytes [R, L], whether all of a row is one [R] bool.
+
+        An entry longer than a row is cut; where it is shorter, several follow each other in a row.
+        """
+        L, P = x.shape[1], self.model.config.patch_size
+        R = max(1, self.options.replay_rows * len(x) // self.batch_size)
+        self._joined = -(-L // self.entry)
+        self._drawn = self.memory.draw(R * self._joined, stage)
+        latents, targets, valid = self.memory.gather(*self._drawn, stage)
+        latents = latents.flatten(1).reshape(R, -1)  # of an empty entry too
+        if self.options.replay == "stored":
+            latents = latents.unflatten(1, (-1, self.model.width))[:, : -(-L // P)]
+        return latents, targets.reshape(R, -1)[:, :L], valid.view(R, -1).all(1)
+
+    def _balanced(self, loss: Tensor, replayed: Tensor, weights: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """GradNorm's weights times ours, by the gradients at the layer that both losses share last."""
+        shared = self.model.head.output.weight
+        terms = torch.stack([loss, weights[1] * replayed])
+        # The losses are means over many bytes: their gradients would vanish in fp16.
+        scale = float(self._batch.numel())
+        norms = [
+            torch.autograd.grad(scale * term, shared, retain_graph=True)[0].float().norm() / scale for term in terms
+        ]
+        factors = self.balance.weights.clone()
+        measured = torch.stack([terms.detach(), torch.stack(norms)])
+        self.workers.average_(measured)  # or every worker would come to weights of its own
+        self.balance.update(*measured)
+        return factors[0] * weights[0], factors[1] * weights[1]
+
+    def _positions_that_count(self, x: Tensor) -> Tensor | None:
+        """[B, T] of 0 and 1: positions whose patch has no byte that the gate would block. None is all."""
+        if self.blocked is None:
+            return None
+        P = self.model.config.patch_size
+        blocked = F.pad(self.blocked(x), (0, -x.shape[1] % P)).unflatten(1, (-1, P)).any(-1)
+        return (~blocked).float()
+
+    def _watch(self, block: int, z: Tensor, B: int) -> None:
+        D = self.model.config.d_model
+        self.hidden[block].copy_(position_mean(z[:B, :, :D].detach(), self._counts))
+        counts = self._counts
+
+        def look(gradient: Tensor) -> None:
+            self.magnitude[block].copy_(position_mean(gradient[:B, :, :D].float().abs(), counts))
+
+        z.register_hook(look)
+
+    @torch.no_grad()
+    def amplify(self) -> None:
+        """Flag the units of large gradient; amplify the gradients of what feeds them."""
+        if self.options.watches or self.curve is not None:
+            self.workers.average_(self._shared)
+        if not self.options.watches:
+            return
+        self._masks = torch.stack([salient_units(row)[0] for row in self.magnitude])
+        if self.options.amplifier in ("rate", "both"):
+            for mask, block in zip(self._masks, self._feeding):
+                for _, p, dim in block:
+                    amplify_(p.grad, mask, AMPLIFICATION, dim=dim)
+
+    def pace(self) -> None:
+        """Set the learning rate of this step by the learning curve."""
+        if self.curve is not None:
+            self.optimizer.lr.mul_(self.curve.rate_factor())
+
+    @torch.no_grad()
+    def _persist(self, updates: Tensor) -> None:
+        """Damp the updates of what feeds important units, and pull it to its reference. Called by the optimizer.
+
+        The pull is decoupled, as weight decay is in AdamW: inside the loss, Muon would take its size away.
+        """
+        largest = self.importance.amax(1, keepdim=True).clamp_min(1.0)
+        for importance, relative, block in zip(self.importance, self.importance / largest, self._feeding):
+            free = mobility(importance, PROTECTION * self.consolidates)
+            for name, p, dim in block:
+                span, shape = self.optimizer.views[name]
+                update = updates[span].view(shape).movedim(dim, 0)
+                update.mul_(free.view(-1, *[1] * (update.dim() - 1)))
+                add_consolidation_gradient_(
+                    update,
+                    p.detach().movedim(dim, 0),
+                    self.references[name].movedim(dim, 0),
+                    relative,
+                    self.options.persistence * self.consolidates,
+                )
+
+    @torch.no_grad()
+    def remember(self, finite: Tensor) -> None:
+        """Write the batch to memory, anchor the flagged units; nothing of it after a step that was not finite."""
+        if self.options.watches:
+            masks = self._masks * finite
+            self.importance.add_(masks)
+            if self.options.amplifier in ("anchor", "both"):
+                decay = 1 - (1 - ANCHOR_DECAY) * finite
+                for i, mask in enumerate(masks):
+                    anchor_(
+                        self.model.anchors[i], mask, self.hidden[i],
+                        rate=ANCHOR_RATE, decay=decay, bias_max=ANCHOR_MAX,
+                    )  # fmt: skip
+        if self.memory is None:
+            return
+        stage = int(self.stage)
+        losses = torch.where(finite, self._row_losses, torch.inf)  # memory takes nothing that is not finite
+        if self.memory.past(stage):
+            now = losses[len(self._batch) :].repeat_interleave(self._joined)
+            self.memory.reprioritise(*self._drawn, now, stage)
+        if (ring := self.memory.written_by(stage)) is not None:
+            hidden, targets, losses = self._entries(losses[: len(self._batch)])
+            # A row's priority is its loss: what is hard is rehearsed more.
+            ring.write(hidden[: ring.size], targets[: ring.size], losses[: ring.size])
+
+    def _entries(self, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The batch as entries: long rows are cut; short ones follow each other until they are as long as an entry."""
+        x, kept, M = self._batch, self._kept, self.entry
+        several = -(-M // x.shape[1])
+        n = len(x) // several
+        targets = x[: n * several].reshape(n, several * x.shape[1])[:, :M]
+        hidden = kept.new_zeros(n, 0)
+        if self.options.replay == "stored":
+            hidden = kept[: n * several].reshape(n, several * kept.shape[1], kept.shape[-1])
+            hidden = hidden[:, : M // self.model.config.patch_size]
+        return hidden, targets, losses[: n * several].view(n, several).mean(1)
+
+    @torch.no_grad()
+    def note(self) -> None:
+        """Take the loss into the novelty."""
+        if self.curve is not None:
+            self.curve.update(self.loss)
+
+    # ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """What is the same on every worker, by name."""
+        state = {"stage": self.stage}
+        if self.options.watches:
+            state |= {"importance": self.importance, "consolidates": self.consolidates}
+        state |= {f"reference.{name}": tensor for name, tensor in self.references.items()}
+        for name, module in (("curve", self.curve), ("balance", self.balance)):
+            if module is not None:
+                state |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+        return state
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What each worker has for itself, by name: its memory."""
+        return {} if self.memory is None else {f"memory.{k}": v for k, v in self.memory.state_dict().items()}
+
+    def report(self) -> dict[str, object]:
+        """What the mechanisms have done so far, as plain values. Waits for the device."""
+        row: dict[str, object] = {}
+        if self.memory is not None:
+            row["remembered"] = [int(ring.count()) for ring in self.memory.rings]
+        if self.options.watches:
+            row["flagged_units"] = int((self.importance > 0).sum())
+        if self.model.anchors is not None:
+            row["anchor_size"] = float(self.model.anchors.abs().mean())
+        if self.curve is not None:
+            row |= {"novelty": float(self.curve.novelty()), "rate_factor": float(self.curve.rate_factor())}
+        if self.balance is not None:
+            row["loss_weights"] = self.balance.weights.tolist()
+        return row
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over both; a missing or misshapen tensor is an error that names it."""
+        for name, tensor in (self.shared_state() | self.own_state()).items():
+            if name not in state or state[name].shape != tensor.shape:
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise ValueError(f"training state genesis.{name}: found {found}, accepted is {tuple(tensor.shape)}")
+            tensor.copy_(state[name])
+
+
+def feeding_weights(block: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, int]]:
+    """The weights that feed the units of a block's output, and which of their dimensions counts the units."""
+    if isinstance(block, Node):
+        yield block.gate.weight, 0
+    for leaf in learning_leaves(block):
+        yield leaf.output.weight, 0
+        for group in leaf.hull.groups:
+            yield group.down, 2
+
+
+def _curve_options(steps: int) -> LearningCurveOptions:
+    """The learning curve of a run of so many steps: its averages and waits are shares of it."""
+    return LearningCurveOptions(
+        ramp=max(1, steps // 20),
+        patience=max(1, steps // 100),
+        settle=max(1, steps // 50),
+        novelty_decay=max(0.5, 1 - 25 / steps) if steps > 50 else 0.5,
+        slow_decay=max(0.9, 1 - 5 / steps) if steps > 50 else 0.9,
+    )
