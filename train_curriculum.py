@@ -70,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     genesis.add_argument("--replay-rows", type=int, metavar="N", help="sequences a step (default: 1/16 of the batch)")
     genesis.add_argument("--replay-size", type=int, metavar="N", help="sequences remembered in all (default: 8192)")
     genesis.add_argument("--replay-weight", type=float, help="of their loss (default: as if they were the batch's)")
+    genesis.add_argument("--replay-priority", help="even, or loss: what costs more is drawn more (default: even)")
     genesis.add_argument(
         "--replay-depth", type=int, metavar="N", help="blocks that the replay point moves to (default: 0)"
     )

@@ -64,17 +64,6 @@ def last_stage_alone(trainer: Trainer) -> None:
     trainer.samplers = [last] * len(trainer.samplers)
 
 
-def even_replay(trainer: Trainer) -> None:
-    """Replay draws all entries alike, whatever their loss."""
-    memory = trainer.genesis.memory
-    memory.reprioritise = lambda rings, rows, values, stage: None
-    for ring in memory.rings:
-        write = ring.write
-        ring.write = lambda hidden, target, priority, write=write, **options: write(
-            hidden, target, torch.where(priority.isfinite(), 1.0, priority), **options
-        )
-
-
 FISHER_BATCHES, FISHER_LARGEST = 32, 50.0  # the largest in units of the mean: a pull must not overshoot
 
 
@@ -188,13 +177,13 @@ VARIANTS = {
     # GENESIS: what is on by default, each mechanism alone, all of them, and what the field would do
     "default": Variant({"genesis": "on"}),
     "replay": Variant({"replay": "recomputed"}),
-    "replay-even": Variant({"replay": "recomputed"}, trainer=even_replay),
+    "replay-loss": Variant({"replay": "recomputed", "replay_priority": "loss"}),
     "replay-depth-2": Variant({"replay": "recomputed", "replay_depth": 2}),
     "replay-1-MiB": Variant({"replay": "recomputed"} | MEBIBYTE),
     "replay-stored": Variant({"replay": "stored", "replay_size": 1024}),
     "replay-stored-depth-2": Variant({"replay": "stored", "replay_size": 1024, "replay_depth": 2}),
-    "experience-replay": Variant({"replay": "recomputed", "replay_mixed": True}, trainer=even_replay),
-    "experience-replay-1-MiB": Variant({"replay": "recomputed", "replay_mixed": True} | MEBIBYTE, trainer=even_replay),
+    "experience-replay": Variant({"replay": "recomputed", "replay_mixed": True}),
+    "experience-replay-1-MiB": Variant({"replay": "recomputed", "replay_mixed": True} | MEBIBYTE),
     "amplifier-rate": Variant({"amplifier": "rate"}),
     "amplifier-anchor": Variant({"amplifier": "anchor"}),
     "amplifier": Variant({"amplifier": "both"}),

@@ -22,7 +22,8 @@ from model.genesis.balance import GradNorm
 from model.genesis.learning_curve import LearningCurve, LearningCurveOptions
 from model.genesis.persistence import add_consolidation_gradient_, mobility
 from model.genesis.staged_replay import StagedReplay
-from model.layers.pyramid import Node, learning_leaves
+from model.layers.block import HybridBlock
+from model.layers.pyramid import Node
 from model.training.distributed import Workers
 from model.training.optimizer import MuonAdamW
 
@@ -36,7 +37,8 @@ RE_ENCODED = 64  # entries that pass at once when the replay point moves
 class GenesisOptions:
     """Which mechanisms a run uses. See `model.training.options.TrainingOptions` for what is accepted.
 
-    replay: "off", "recomputed" or "stored"; replay_mixed: draw from all stages alike (a baseline).
+    replay: "off", "recomputed" or "stored"; replay_priority: "even" or "loss"; replay_mixed: draw from all stages alike
+    (a baseline).
     amplifier: "off", "anchor", "rate" or "both".
     """
 
@@ -44,6 +46,7 @@ class GenesisOptions:
     replay_rows: int = 2
     replay_size: int = 8192
     replay_weight: float = 0.0625
+    replay_priority: str = "even"
     replay_depth: int = 0
     replay_mixed: bool = False
     amplifier: str = "off"
@@ -166,16 +169,18 @@ class Genesis:
         """Take all stored latents through the blocks between two replay points."""
         if stop == start:
             return
-        training = self.model.training
-        self.model.eval()
         for ring in self.memory.rings:
             for rows in ring.hidden[: ring.size].split(RE_ENCODED):
                 rows.copy_(self._through(rows.float(), start, stop))
-        self.model.train(training)
 
+    @torch.no_grad()
     def _through(self, z: Tensor, start: int, stop: int) -> Tensor:
-        """Latents after `start` blocks → after `stop` blocks."""
-        return self.model.trunk(z, first=start, last=stop)[0]
+        """Latents after `start` blocks → after `stop` blocks, without gradient. Routers take their mean."""
+        training = self.model.training
+        self.model.eval()
+        z = self.model.trunk(z, first=start, last=stop)[0]
+        self.model.train(training)
+        return z
 
     # ── the step's lines ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -191,8 +196,7 @@ class Genesis:
             if stored:
                 joined = latents
             elif point:
-                with torch.no_grad():
-                    joined = self._through(model.latents(targets), 0, point)
+                joined = self._through(model.latents(targets).detach(), 0, point)
         self._batch, self._kept = x, None
 
         def visit(depth: int, z: Tensor) -> Tensor:
@@ -239,9 +243,10 @@ class Genesis:
         return latents, targets.reshape(R, -1)[:, :L], valid.view(R, -1).all(1)
 
     def _balanced(self, loss: Tensor, replayed: Tensor, weights: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        """GradNorm's weights times ours, by the gradients at the layer that both losses share last."""
+        """GradNorm's factors on our weights, by the gradients at the layer that both losses share last."""
         shared = self.model.head.output.weight
-        terms = torch.stack([loss, weights[1] * replayed])
+        # Of the losses as they are: of the weighted ones, equally large gradients would undo the weights.
+        terms = torch.stack([loss, replayed])
         # The losses are means over many bytes: their gradients would vanish in fp16.
         scale = float(self._batch.numel())
         norms = [
@@ -327,13 +332,14 @@ class Genesis:
             return
         stage = int(self.stage)
         losses = torch.where(finite, self._row_losses, torch.inf)  # memory takes nothing that is not finite
-        if self.memory.past(stage):
+        by_loss = self.options.replay_priority == "loss"  # what is hard is rehearsed more
+        if by_loss and self.memory.past(stage):
             now = losses[len(self._batch) :].repeat_interleave(self._joined)
             self.memory.reprioritise(*self._drawn, now, stage)
         if (ring := self.memory.written_by(stage)) is not None:
             hidden, targets, losses = self._entries(losses[: len(self._batch)])
-            # A row's priority is its loss: what is hard is rehearsed more.
-            ring.write(hidden[: ring.size], targets[: ring.size], losses[: ring.size])
+            priority = losses if by_loss else torch.where(losses.isfinite(), 1.0, losses)
+            ring.write(hidden[: ring.size], targets[: ring.size], priority[: ring.size])
 
     def _entries(self, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The batch as entries: long rows are cut; short ones follow each other until they are as long as an entry."""
@@ -394,14 +400,18 @@ class Genesis:
             tensor.copy_(state[name])
 
 
-def feeding_weights(block: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, int]]:
-    """The weights that feed the units of a block's output, and which of their dimensions counts the units."""
+def feeding_weights(block: HybridBlock | Node) -> Iterator[tuple[torch.nn.Parameter, int]]:
+    """The weights that feed the units of a block's output, and which of their dimensions counts the units.
+
+    A node adds what passes its gate to its left tree's output; its right tree is heard through the gate alone.
+    """
     if isinstance(block, Node):
         yield block.gate.weight, 0
-    for leaf in learning_leaves(block):
-        yield leaf.output.weight, 0
-        for group in leaf.hull.groups:
-            yield group.down, 2
+        yield from feeding_weights(block.left)
+        return
+    yield block.output.weight, 0
+    for group in block.hull.groups:
+        yield group.down, 2
 
 
 def _curve_options(steps: int) -> LearningCurveOptions:

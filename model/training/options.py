@@ -71,6 +71,7 @@ class TrainingOptions:
     replay_rows: int | None = None  # sequences that rehearse in a step; 1/16 of the batch when None
     replay_size: int = 8192  # sequences remembered in all, on each device
     replay_weight: float | None = None  # of the replay loss; as if its rows were the batch's when None
+    replay_priority: str = "even"  # how entries of a stage are drawn: "even", or more often those of large "loss"
     replay_depth: int = 0  # blocks that the replay point has passed at the end; it moves with the stages
     replay_mixed: bool = False  # one memory of all stages, drawn from throughout: the usual experience replay
     amplifier: str = "auto"  # anchor flagged units, amplify the "rate" of what feeds them, or both
@@ -101,6 +102,7 @@ class TrainingOptions:
             ("grow_left", ("frozen", "thawed")),
             ("genesis", GENESIS),
             ("replay", REPLAY),
+            ("replay_priority", ("even", "loss")),
             ("amplifier", AMPLIFIER),
             *((name, SWITCH) for name in ("persistence", "learning_curve", "balance")),
         ):
@@ -202,6 +204,7 @@ class TrainingOptions:
             replay_rows=rows,
             replay_size=self.replay_size,
             replay_weight=rows / self.batch_size if self.replay_weight is None else self.replay_weight,
+            replay_priority=self.replay_priority,
             replay_depth=self.replay_depth,
             replay_mixed=self.replay_mixed,
             amplifier=self._chosen("amplifier"),

@@ -119,7 +119,15 @@ def _options(
     names = ("steps", "batch_size", "seq_len", "lr", "optimizer", "weight_decay", "warmup", "decay", "clip", "amp")
     names += ("seed", "eval_every", "save_every", "viscosity", "freeze", "freeze_at", "freeze_rule", "freeze_threshold")
     names += ("grow", "grow_rule", "grow_by", "grow_left", "genesis", "replay", "replay_rows", "replay_size")
-    names += ("replay_weight", "replay_depth", "replay_mixed", "amplifier", "persistence", "persistence_strength")
+    names += (
+        "replay_weight",
+        "replay_priority",
+        "replay_depth",
+        "replay_mixed",
+        "amplifier",
+        "persistence",
+        "persistence_strength",
+    )
     names += ("learning_curve", "balance")
     given = {name: getattr(arguments, name) for name in names}
     for name in ("hull", "petals"):
