@@ -123,6 +123,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--policy", action="append", default=[], metavar="FILE", help="rules besides the default ones; repeatable")
     add("--policy-only", metavar="FILE", help="rules instead of the default ones")
     add("--gate-log", metavar="FILE", help="where interventions go, one a line (default: gate_log.jsonl by CHECKPOINT)")
+    add(
+        "--classifier", choices=("lower", "block", "off"),
+        help="of train-classifier: lower what it fears, end the text there, or leave it out; the policy stays "
+        "(default: lower, where CHECKPOINT has one)",
+    )  # fmt: skip
     add("--log-text", action="store_true", help="write the text before an intervention too (default: never any text)")
 
     add = parser.add_argument_group("model").add_argument
@@ -189,13 +194,30 @@ def load(options: argparse.Namespace):
         fail(str(error), 2)
 
 
-def print_in_order(pieces: Iterator, samples: int, prompt: bytes) -> int:
-    """Print the samples whole and in order, each piece as soon as its turn has come. Returns the bytes generated."""
+def load_classifier(options: argparse.Namespace, model, path: Path):
+    """The classifier beside the checkpoint, or None where there is none or it is off."""
+    from model.genesis.classifier import HiddenStateGate, gate_path
+
+    beside = gate_path(path)
+    if options.classifier == "off" or (options.classifier is None and not beside.exists()):
+        return None
+    try:
+        return HiddenStateGate.load(beside, model)
+    except ValueError as error:
+        fail(f"{error}, or take --classifier off", 2)
+
+
+def print_in_order(pieces: Iterator, samples: int, prompt: bytes) -> tuple[int, int]:
+    """Print the samples whole and in order, each piece as soon as its turn has come.
+
+    Returns:
+        Bytes generated, and how many samples the classifier has ended.
+    """
     from model.inference.text import Utf8Emitter
 
     emitters = [Utf8Emitter(prompt) for _ in range(samples)]
     waiting, finished = [""] * samples, [False] * samples
-    current = generated = 0
+    current = generated = blocked = 0
 
     def header() -> None:
         if samples > 1:
@@ -206,6 +228,7 @@ def print_in_order(pieces: Iterator, samples: int, prompt: bytes) -> int:
         generated += len(piece.data)
         waiting[piece.row] += emitters[piece.row].feed(piece.data)
         finished[piece.row] = piece.finished is not None
+        blocked += piece.finished == "gate"
         while current < samples:
             write(waiting[current])
             waiting[current] = ""
@@ -216,7 +239,7 @@ def print_in_order(pieces: Iterator, samples: int, prompt: bytes) -> int:
             current += 1
             if current < samples:
                 header()
-    return generated
+    return generated, blocked
 
 
 def write(text: str) -> None:
@@ -229,6 +252,7 @@ def run(options: argparse.Namespace) -> None:
     prompt = read_prompt(options)
     policy, log = load_gate(options)
     model, path = load(options)
+    classifier = load_classifier(options, model, path)
     from model.genesis.byte_gate import GateLog
     from model.inference.generate import generate
 
@@ -240,10 +264,11 @@ def run(options: argparse.Namespace) -> None:
             model, prompt, max_bytes=options.max_bytes, temperature=options.temperature, top_k=options.top_k,
             top_p=options.top_p, seed=seed, stop=options.stop, batch=options.batch,
             thinking_steps=options.thinking_steps, halt_threshold=options.halt, any_bytes=options.any_bytes,
-            policy=policy, log=log,
+            policy=policy, log=log, classifier=classifier,
+            classifier_mode="block" if options.classifier == "block" else "lower",
         )  # fmt: skip
         read = time.perf_counter()
-        generated = print_in_order(pieces, options.batch, prompt)
+        generated, blocked = print_in_order(pieces, options.batch, prompt)
     except FloatingPointError as error:
         fail(f"checkpoint {options.checkpoint}: {error}", 1)
     reading, writing = max(read - started, 1e-9), max(time.perf_counter() - read, 1e-9)
@@ -251,7 +276,7 @@ def run(options: argparse.Namespace) -> None:
     print(
         f"generated {generated:,} bytes at {generated / writing:,.0f} bytes/s; "
         f"prompt {len(prompt):,} bytes at {len(prompt) / reading:,.0f} bytes/s; seed {seed}"
-        f"{interventions(log)}",
+        f"{interventions(log)}" + (f"; ended by the classifier: {blocked} of {options.batch}" if blocked else ""),
         file=sys.stderr,
     )
     if log.failure and options.gate_log:

@@ -5,10 +5,15 @@
 
 Notable: prompts are read in parallel and never padded, so rows whose prompts differ in length run as several streams;
 sampling, the UTF-8 automaton and the gate act on all rows at once. There is always a gate; a policy says what it does.
+With a classifier each stream is drawn a patch ahead, and what was accepted goes through the same loop byte by byte.
 """
 
-from collections.abc import Iterator, Sequence
+import random
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,13 +21,19 @@ from torch import Tensor
 
 from model.agiformer import AGIFormer
 from model.genesis.automaton import compile_policy
-from model.genesis.byte_gate import CONTEXT, ByteGate, GateLog
+from model.genesis.byte_gate import CONTEXT, ByteGate, GateLog, Removal
+from model.genesis.classifier import HiddenStateGate
+from model.genesis.guarded import GuardedStream, PatchWriter
 from model.genesis.policy import Policy, load_policy
 from model.inference.sampling import check_sampling, sample
 from model.inference.stream import ByteStream
 from model.inference.text import Utf8Constraint, unfinished
 
 LARGEST_SEED = 2**63 - 1
+MODES = ("lower", "block")
+Reason = Literal["stop", "length", "gate"]
+CATEGORY, RULE = "classifier", "hidden-state"  # of patches that the classifier rejected, in the log
+Draw = Callable[[Tensor], Tensor]  # logits [B, 256] → bytes [B]
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Piece:
 
     row: int
     data: bytes
-    finished: Literal["stop", "length"] | None = None
+    finished: Reason | None = None
 
 
 def generate(
@@ -50,6 +61,8 @@ def generate(
     any_bytes: bool = False,
     policy: Policy | None = None,
     log: GateLog | None = None,
+    classifier: HiddenStateGate | None = None,
+    classifier_mode: Literal["lower", "block"] = "lower",
 ) -> Iterator[Piece]:
     """Read the prompt, then return an iterator that generates while it is consumed.
 
@@ -74,7 +87,11 @@ def generate(
         policy: no byte is generated that completes a match of its rules, in the text that the prompt begins; the
             default policy when None. Bytes that would be a match if the row ended after them are held back, and left
             out if it does. Where nothing is blocked the bytes are those of any other policy.
-        log: is told what the gate took away.
+        log: is told what the gate took away, and what the classifier rejected.
+        classifier: trained on this model. A patch after which its risk is above the threshold is drawn again, so
+            bytes come a patch at a time. Rows in which no patch is rejected say what they would without a classifier.
+        classifier_mode: what follows when all tries are rejected: "lower" goes on with the least risky one, "block"
+            ends the row as "gate" before it.
 
     Yields:
         Piece: in the order in which bytes become certain. Each row has exactly one with `finished` set, its last.
@@ -87,29 +104,33 @@ def generate(
     prompts = [prompt] if isinstance(prompt, bytes) else list(prompt)
     _check(prompts, max_bytes, seed, stop, batch)
     check_sampling(temperature, top_k, top_p)
+    _check_classifier(model, classifier, classifier_mode)
     automaton = compile_policy(load_policy() if policy is None else policy)
     prompts = [text for text in prompts for _ in range(batch)]
-    device = model.start.device
     rows = [_Row(i, text, max_bytes, tuple(stop), not any_bytes) for i, text in enumerate(prompts)]
-    streams = _read_prompts(model, rows, prompts, thinking_steps, halt_threshold)
-    gate = ByteGate(automaton, len(prompts), device).read(prompts)
-    constraint = None if any_bytes else Utf8Constraint(prompts, device)
-    generator = torch.Generator(device)
+    streams = _read_prompts(model, rows, prompts, thinking_steps, halt_threshold, classifier)
+    device = model.start.device
+
+    def constraints(texts: list[bytes]) -> list:
+        gate = ByteGate(automaton, len(texts), device).read(texts)
+        return [gate] if any_bytes else [Utf8Constraint(texts, device), gate]
+
+    def drawer(seed: int) -> tuple[Draw, torch.Generator]:
+        generator = torch.Generator(device).manual_seed(seed)
+        return partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator), generator
+
     if seed is None:
-        generator.seed()
+        seed = secrets.randbits(63)
+    over_all = constraints(prompts)
+    if classifier is None:
+        steps = _steps(streams, over_all, drawer(seed)[0], device, len(rows))
     else:
-        generator.manual_seed(seed)
-
-    def choose(logits: Tensor) -> Tensor:
-        if constraint is not None:
-            logits = constraint.mask(logits)
-        chosen = sample(gate.mask(logits), temperature, top_k, top_p, generator)
-        gate.advance(chosen)
-        if constraint is not None:
-            constraint.advance(chosen)
-        return chosen
-
-    return _run(rows, streams, choose, gate, log, device)
+        ahead = []
+        for part in streams:
+            part_constraints = constraints([prompts[row.index] for row in part.rows])
+            ahead.append(_Ahead(part, part_constraints, drawer, seed, len(rows)))
+        steps = _guarded_steps(ahead, over_all, device, len(rows), classifier_mode == "block", log)
+    return _run(rows, steps, over_all[-1], log)
 
 
 @dataclass
@@ -130,7 +151,7 @@ class _Row:
         self.max_bytes = max_bytes
         self.stops = stops
         self.whole_characters = whole_characters
-        self.finished: Literal["stop", "length"] | None = None
+        self.finished: Reason | None = None
         self.held = bytearray()
         self.may_end = bytearray()  # after each byte of `held`
         self.before = prompt[-CONTEXT:]  # the bytes before `held`, as many as anything looks back
@@ -145,9 +166,13 @@ class _Row:
             self.finished = "stop"
             return self._give(len(self.held) - met)
         if self.generated == self.max_bytes:
-            self.finished = "length"
-            return self._give(len(self.held))
+            return self.end("length")
         return self._give(len(self.held) - self._possible_stop())
+
+    def end(self, reason: Reason) -> Piece:
+        """Finish before the next byte; the last piece."""
+        self.finished = reason
+        return self._give(len(self.held))
 
     def _possible_stop(self) -> int:
         """How many bytes at the end of `held` begin a stop string."""
@@ -176,12 +201,14 @@ def _read_prompts(
     prompts: list[bytes],
     thinking_steps: int | None,
     halt_threshold: float | None,
+    classifier: HiddenStateGate | None,
 ) -> list[_Stream]:
     """One stream for each length of prompt, its prompts read in parallel."""
     streams = []
     for length in dict.fromkeys(map(len, prompts)):
         members = [row for row, prompt in zip(rows, prompts) if len(prompt) == length]
-        stream = ByteStream(model, len(members), thinking_steps=thinking_steps, halt_threshold=halt_threshold)
+        kind = ByteStream if classifier is None else partial(GuardedStream, gate=classifier.to(model.start.device))
+        stream = kind(model, batch_size=len(members), thinking_steps=thinking_steps, halt_threshold=halt_threshold)
         if length:
             joined = bytearray(b"".join(prompts[row.index] for row in members))
             stream.feed(torch.frombuffer(joined, dtype=torch.uint8).view(-1, length))
@@ -193,15 +220,108 @@ def _read_prompts(
     return streams
 
 
-def _run(
-    rows: list[_Row], streams: list[_Stream], choose, gate: ByteGate, log: GateLog | None, device: torch.device
-) -> Iterator[Piece]:
+def _steps(
+    streams: list[_Stream], constraints: list, draw: Draw, device: torch.device, total: int
+) -> Iterator[tuple[Tensor, list[Piece]]]:
+    """Draw a byte of every row, [total], again and again; no row ends by itself."""
     while True:
         # Rows of a finished stream keep their place in the batch, so that the others' random numbers stay theirs.
-        logits = torch.zeros(len(rows), 256, device=device)
+        logits = torch.zeros(total, 256, device=device)
         for part in streams:
             logits[part.index] = part.stream.logits()
-        chosen = choose(logits)
+        for constraint in constraints:
+            logits = constraint.mask(logits)
+        chosen = draw(logits)
+        for constraint in constraints:
+            constraint.advance(chosen)
+        yield chosen, []
+        streams = [part for part in streams if not all(row.finished for row in part.rows)]
+        for part in streams:
+            part.stream.feed(chosen[part.index].unsqueeze(1))
+
+
+class _Ahead:
+    """A stream that is drawn a patch ahead, so that the classifier has judged a byte before it is given out.
+
+    Args:
+        part: the stream, a GuardedStream, fed with the prompts.
+        constraints: over its rows.
+        drawer: seed → how bytes are drawn, and the generator that it draws from.
+        total: rows of all streams.
+    """
+
+    def __init__(
+        self,
+        part: _Stream,
+        constraints: list,
+        drawer: Callable[[int], tuple[Draw, torch.Generator]],
+        seed: int,
+        total: int,
+    ):
+        self.rows, self.index = part.rows, part.index
+        self.queue: deque[tuple[Tensor, Tensor]] = deque()  # logits [B, 256] and bytes [B]
+        first, _ = drawer(seed)
+        again, self._redraws = drawer(seed)
+        self._seeds = random.Random(seed)
+
+        def of_rows(draw: Draw) -> Draw:
+            # Numbers for all rows are drawn, of which each takes those that it would have without a classifier.
+            def drawn(logits: Tensor) -> Tensor:
+                return draw(logits.new_zeros(total, 256).index_copy(0, part.index, logits))[part.index]
+
+            return drawn
+
+        self._writer = PatchWriter(part.stream, of_rows(first), of_rows(again), constraints=constraints)
+
+    def write(self, block: bool, log: GateLog | None) -> list[Piece]:
+        """Queue one more patch, logging what was rejected → last pieces of the rows that are blocked before it."""
+        # What is drawn again for a row must not depend on how often others were drawn again.
+        self._redraws.manual_seed(self._seeds.getrandbits(63))
+        going_on = torch.tensor([not row.finished for row in self.rows], device=self.index.device)
+        patch = self._writer.write(going_on)
+        self.queue.extend(zip(patch.logits.unbind(1), patch.data.unbind(1)))
+        fired = patch.banned.any(1).tolist()
+        if not any(fired):
+            return []
+        likeliest = patch.logits[:, 0].masked_fill(~patch.banned, -torch.inf).argmax(1)
+        read = zip(self.rows, fired, likeliest.tolist(), patch.mass.tolist(), patch.rejected.tolist())
+        ended = []
+        for row, again, byte, mass, rejected in read:
+            if again and log is not None:
+                removal = Removal(row.index, CATEGORY, RULE, 0, byte, mass)
+                log.add(removal, row.generated, row.before + bytes(row.held))
+            if rejected and block:
+                ended.append(row.end("gate"))
+        return ended
+
+
+def _guarded_steps(
+    streams: list[_Ahead], constraints: list, device: torch.device, total: int, block: bool, log: GateLog | None
+) -> Iterator[tuple[Tensor, list[Piece]]]:
+    """As `_steps`, but with bytes that the classifier has accepted, and with the last pieces of rows that end here."""
+    while True:
+        logits, ended = torch.zeros(total, 256, device=device), []
+        for part in streams:
+            if not part.queue:
+                ended += part.write(block, log)
+            logits[part.index] = part.queue[0][0]
+        # Rejected tries are gone: the constraints over all rows see what is given out, and the log what they take away.
+        for constraint in constraints:
+            logits = constraint.mask(logits)
+        chosen = logits.argmax(-1)  # rows of a finished stream: any allowed byte
+        for part in streams:
+            chosen[part.index] = part.queue.popleft()[1]
+        for constraint in constraints:
+            constraint.advance(chosen)
+        yield chosen, ended
+        streams = [part for part in streams if not all(row.finished for row in part.rows)]
+
+
+def _run(
+    rows: list[_Row], steps: Iterator[tuple[Tensor, list[Piece]]], gate: ByteGate, log: GateLog | None
+) -> Iterator[Piece]:
+    for chosen, ended in steps:
+        yield from ended
         # The device is waited for once.
         ends = gate.must_not_end()
         read = torch.stack([chosen, ends, ends if log is None else gate.flagged()]).tolist()
@@ -212,11 +332,8 @@ def _run(
         for row, byte, must_not_end in zip(rows, *read[:2]):
             if not row.finished and (piece := row.push(byte, not must_not_end)):
                 yield piece
-        streams = [part for part in streams if not all(row.finished for row in part.rows)]
-        if not streams:
+        if all(row.finished for row in rows):
             return
-        for part in streams:
-            part.stream.feed(chosen[part.index].unsqueeze(1))
 
 
 def _check(prompts: list[bytes], max_bytes: int, seed: int | None, stop: Sequence[bytes], batch: int) -> None:
@@ -233,3 +350,13 @@ def _check(prompts: list[bytes], max_bytes: int, seed: int | None, stop: Sequenc
     for text in stop:
         if not isinstance(text, bytes) or not text:
             raise ValueError(f"stop={text!r}: accepted are bytes, at least one")
+
+
+def _check_classifier(model: AGIFormer, classifier: HiddenStateGate | None, mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"classifier_mode={mode!r}: accepted are {' and '.join(MODES)}")
+    if classifier is not None and classifier.weight.shape != (model.width,):
+        width = tuple(classifier.weight.shape)
+        raise ValueError(
+            f"classifier has weights {width}: accepted is one that was trained on this model, [{model.width}]"
+        )

@@ -1,8 +1,7 @@
-"""The classifier on latents, against a plain recurrence; and generation that it guards, against generation alone."""
+"""The classifier on latents, against a plain recurrence; its file, and the labelled files that it learns from."""
 
 import csv
 import json
-import math
 import random
 import sys
 
@@ -10,13 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import AGIFormer, AGIFormerConfig, save_checkpoint
-from model.genesis.automaton import compile_policy
-from model.genesis.byte_gate import ByteGate
+from model import save_checkpoint
 from model.genesis.classifier import (
-    GuardedStream,
     HiddenStateGate,
-    PatchWriter,
     _held_out,
     calibrated_threshold,
     gate_path,
@@ -25,62 +20,15 @@ from model.genesis.classifier import (
     roc_auc,
     train_gate,
 )
-from model.genesis.folding import fold
-from model.genesis.policy import load_policy
-from model.inference.sampling import sample
+from model.genesis.guarded import GuardedStream
 from model.inference.stream import PIECE
-from model.inference.text import Utf8Constraint, unfinished
-from tests.conftest import TINY, make_random_model
+from tests.conftest import make_random_model
 
-SAFE = [word.encode() for word in ("sun", "tea", "leaf", "çay", "göl", "🌱")]
-UNSAFE = [word.encode() for word in ("war", "kan", "stab", "ölü", "blood", "🔪")]
 MIXED = ("Iğdır'da çay 🌱 İçtik. " * 300).encode() + bytes(range(256)) * 8
 
 
 def as_bytes(*texts):
     return torch.tensor([list(text) for text in texts], dtype=torch.long)
-
-
-def words(rng, count, unsafe=None):
-    """Words of one kind; for None the kind changes every seventh word or so."""
-    kind = rng.random() < 0.5 if unsafe is None else unsafe
-    chosen = []
-    for _ in range(count):
-        chosen.append(rng.choice(UNSAFE if kind else SAFE))
-        kind ^= unsafe is None and rng.random() < 0.15
-    return b" ".join(chosen) + b" "
-
-
-def labelled_texts(seed, count, share):
-    rng, texts = random.Random(seed), {}
-    while len(texts) < count:
-        unsafe = len(texts) < share * count
-        texts.setdefault(words(rng, rng.randrange(4, 20), unsafe), unsafe)
-    return list(texts), list(texts.values())
-
-
-@pytest.fixture(scope="module")
-def writer_model():
-    """A tiny model that has learned to write both kinds of words, in runs."""
-    torch.manual_seed(0)
-    model = AGIFormer(AGIFormerConfig(**TINY))
-    steps, length = 100, 64
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
-    text = as_bytes(words(random.Random(1), 20_000))[0]
-    for _ in range(steps):
-        batch = torch.stack([text[i : i + length] for i in torch.randint(len(text) - length, (16,)).tolist()])
-        optimizer.zero_grad()
-        model.loss(batch).backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def word_gate(writer_model):
-    texts, labels = labelled_texts(2, 300, 0.3)
-    return train_gate(writer_model, texts, labels, false_positive_rate=0.05, window=3)[0]
 
 
 def random_gate(model, threshold=0.0):
@@ -299,141 +247,3 @@ def test_read_labelled_without_datasets(tmp_path, monkeypatch):
     path.write_text("text,label\na,unsafe\n")
     with pytest.raises(ValueError, match="needs the package datasets"):
         read_labelled(path, "unsafe")
-
-
-# ── generation ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def make_writer(model, gate, prompts, *, tries, temperature=0.8):
-    stream = GuardedStream(model, gate, len(prompts))
-    stream.feed(as_bytes(*prompts))
-    draws = []
-    for seed in (1, 2):
-        generator = torch.Generator().manual_seed(seed)
-        draws.append(lambda logits, generator=generator: sample(logits, temperature, generator=generator))
-    return PatchWriter(stream, *draws, constraints=[Utf8Constraint(prompts)], tries=tries)
-
-
-def write_patches(writer, count):
-    patches = [writer.write() for _ in range(count)]
-    return patches, [bytes(row) for row in torch.cat([patch.data for patch in patches], 1).tolist()]
-
-
-def unsafe_share(texts):
-    unsafe, safe = (sum(text.count(word) for text in texts for word in kind) for kind in (UNSAFE, SAFE))
-    assert unsafe + safe > 300
-    return unsafe / (unsafe + safe)
-
-
-def test_guarded_generation_says_less_that_is_unsafe(writer_model, word_gate):
-    prompts = [b"sun tea "] * 24
-    alone = write_patches(make_writer(writer_model, word_gate, prompts, tries=0), 40)
-    guarded = write_patches(make_writer(writer_model, word_gate, prompts, tries=4), 40)
-    assert unsafe_share(alone[1]) > 0.35
-    assert unsafe_share(guarded[1]) < 0.8 * unsafe_share(alone[1])
-    rejected = [torch.stack([patch.rejected for patch in patches]).float().mean() for patches, _ in (alone, guarded)]
-    assert rejected[1] < 0.2 * rejected[0]
-    for text in guarded[1]:
-        text[: len(text) - len(unfinished(text)[0])].decode()  # the constraint holds through all tries
-
-
-def test_rows_that_pass_say_what_they_would_say_alone(writer_model, word_gate):
-    prompts = [b"sun tea "] * 24
-    gate = HiddenStateGate(word_gate.weight, word_gate.bias, 2.0, word_gate.window)
-    patches, guarded = write_patches(make_writer(writer_model, gate, prompts, tries=3), 8)
-    alone = write_patches(make_writer(writer_model, gate, prompts, tries=0), 8)[1]
-    passed = ~torch.stack([patch.banned.any(1) for patch in patches]).any(0)
-    assert 2 <= passed.sum() <= 22
-    assert all(guarded[row] == alone[row] for row in passed.nonzero().flatten().tolist())
-    assert guarded != alone
-
-
-@pytest.mark.parametrize("prompt", [b"sun tea ", b"sun tea \xc3", b"sun t", b""])
-def test_the_state_after_a_patch_is_that_of_its_bytes(writer_model, word_gate, prompt):
-    """Also for a prompt that ends inside a patch, and inside a character."""
-    gate = HiddenStateGate(word_gate.weight, word_gate.bias, -1.0, word_gate.window)
-    writer = make_writer(writer_model, gate, [prompt] * 8, tries=3, temperature=1.5)
-    patches, texts = write_patches(writer, 5)
-    assert any(patch.banned.any() for patch in patches)
-    assert {patch.data.shape[1] for patch in patches[1:]} == {4} and patches[0].data.shape[1] == 4 - len(prompt) % 4
-    whole = [prompt + text for text in texts]
-    fresh = GuardedStream(writer_model, gate, 8)
-    fresh.feed(as_bytes(*whole))
-    assert torch.allclose(writer.stream.logits(), fresh.logits(), atol=1e-4)
-    scored = GuardedStream(writer_model, gate, 8).score(as_bytes(*whole))[:, len(prompt) :]
-    assert torch.allclose(torch.cat([patch.logits for patch in patches], 1), scored, atol=1e-4)
-    assert torch.allclose(patches[-1].risk, fresh.risk, atol=1e-4) and torch.equal(patches[-1].risk, writer.stream.risk)
-    assert torch.equal(patches[-1].rejected, patches[-1].risk > gate.threshold)
-    zeros = torch.zeros(8, 256)
-    assert torch.equal(writer.constraints[0].mask(zeros), Utf8Constraint(whole).mask(zeros))
-
-
-def test_of_rejected_tries_the_least_risky_stays(writer_model, word_gate):
-    gate = HiddenStateGate(word_gate.weight, word_gate.bias, -math.inf, word_gate.window)
-    tried = []
-
-    class Watched(PatchWriter):
-        def _patch(self, *arguments):
-            written = super()._patch(*arguments)
-            tried.append((written[0], self.stream.risk))
-            return written
-
-    stream = GuardedStream(writer_model, gate, 6)
-    generator = torch.Generator().manual_seed(3)
-    patch = Watched(stream, lambda logits: sample(logits, 1.5, generator=generator), tries=5).write()
-    risks = torch.stack([risk for _, risk in tried])
-    assert len(tried) == 6 and patch.rejected.all()
-    assert torch.equal(patch.risk, risks.amin(0))
-    for row, best in enumerate(risks.argmin(0).tolist()):
-        assert torch.equal(patch.data[row], tried[best][0][row])
-    firsts = torch.stack([data[:, 0] for data, _ in tried])
-    for row in range(6):  # no first byte twice, and all but the last are reported
-        assert len(set(firsts[:, row].tolist())) == 6
-        assert set(patch.banned[row].nonzero().flatten().tolist()) == set(firsts[:-1, row].tolist())
-    probability = GuardedStream(writer_model, gate, 6).logits().softmax(-1)
-    assert torch.allclose(patch.mass, (probability * patch.banned).sum(1))
-
-
-def test_a_greedy_choice_is_drawn_otherwise(writer_model, word_gate):
-    prompts = [b"war kan "] * 4
-    alone = write_patches(make_writer(writer_model, word_gate, prompts, tries=0, temperature=0), 30)[1]
-    guarded = write_patches(make_writer(writer_model, word_gate, prompts, tries=4, temperature=0), 30)[1]
-    assert len(set(alone)) == len(set(guarded)) == 1 and alone != guarded
-
-
-def test_no_try_completes_what_the_byte_gate_blocks(writer_model, word_gate, tmp_path):
-    (tmp_path / "policy.toml").write_text('[words]\nword_boundaries = false\nphrases = ["kan", "çay"]\n', "utf-8")
-    automaton = compile_policy(load_policy(tmp_path / "policy.toml", default=False))
-    writer = make_writer(writer_model, word_gate, [b"sun k", b"war \xc3"] * 12, tries=4)
-    writer.constraints.append(ByteGate(automaton, 24).read([b"sun k", b"war \xc3"] * 12))
-    patches, texts = write_patches(writer, 20)
-    assert any(patch.banned.any() for patch in patches)
-    for text, beginning in zip(texts, (b"sun k", b"war \xc3") * 12):
-        folded = fold((beginning + text).decode("utf-8", "replace"))
-        assert "kan" not in folded and fold("çay") not in folded
-
-
-def test_where_the_constraint_leaves_one_byte_the_ban_gives_way(writer_model, word_gate):
-    class OnlyX:
-        def mask(self, logits):
-            return logits.masked_fill(torch.arange(256) != 120, -torch.inf)
-
-        def advance(self, chosen):
-            pass
-
-    gate = HiddenStateGate(word_gate.weight, word_gate.bias, -math.inf, 3)
-    writer = PatchWriter(GuardedStream(writer_model, gate, 2), lambda logits: sample(logits), constraints=[OnlyX()])
-    patch = writer.write()
-    assert (patch.data == 120).all() and patch.rejected.all()
-
-
-def test_a_risk_that_is_no_number_is_rejected(writer_model, word_gate):
-    gate = HiddenStateGate(word_gate.weight * math.nan, word_gate.bias, 1e9, 3)
-    patch = PatchWriter(GuardedStream(writer_model, gate), sample, tries=1).write()
-    assert patch.rejected.all() and patch.banned.any()
-
-
-def test_patch_writer_refuses(writer_model, word_gate):
-    for tries in (-1, 1.5, True):
-        with pytest.raises(ValueError, match="tries="):
-            PatchWriter(GuardedStream(writer_model, word_gate), sample, tries=tries)

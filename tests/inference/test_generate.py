@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model import ByteStream
+from model.genesis.classifier import HiddenStateGate
 from model.genesis.policy import Policy, Rule
 from model.inference.generate import _Row, generate
 
@@ -246,6 +247,16 @@ def test_bad_arguments_are_named_by_the_call_itself(tiny_model, name, changes):
     arguments = {"prompt": b"x", "max_bytes": 3} | changes
     with pytest.raises(ValueError, match=rf"^{name}\b.*accepted (is|are)"):
         generate(tiny_model(), arguments.pop("prompt"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("classifier_mode", {"classifier_mode": "off"}), ("classifier", {"classifier": 7})]
+)
+def test_bad_classifiers_are_named_by_the_call_itself(tiny_model, name, changes):
+    if "classifier" in changes:
+        changes = {"classifier": HiddenStateGate(torch.ones(changes["classifier"]), torch.tensor(0.0), 0.0, 3.0)}
+    with pytest.raises(ValueError, match=rf"^{name}\b.*accepted (is|are)"):
+        generate(tiny_model(), b"x", max_bytes=3, **changes)
 
 
 def test_broken_models_are_refused(tiny_model):

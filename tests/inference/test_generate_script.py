@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from model import ByteStream, save_checkpoint
+from model.genesis.__main__ import main as genesis
+from model.genesis.classifier import HiddenStateGate, gate_path
 from model.genesis.policy import load_policy
 from model.inference.generate import generate
 
@@ -202,6 +205,7 @@ def test_stop_escapes(call, tiny_model):
         (["--stop", r"\q"], ["--stop", r"\q", r"\n"]),
         (["--stop", "\\"], ["--stop", "escapes"]),
         (["--threads", "0"], ["--threads", "'0'"]),
+        (["--classifier", "on"], ["--classifier", "on", "lower"]),
         (["--device", "tpu"], ["--device", "tpu", "cuda"]),
         (["--prompt", "a", "--prompt-file", "b"], ["--prompt-file", "--prompt"]),
         (["--colour"], ["--colour", "--help"]),
@@ -336,3 +340,66 @@ def test_bad_policies_get_one_line_and_code_2(call, tmp_path, option, text, word
 def test_a_bad_place_for_the_log_gets_one_line_and_code_2(call, tmp_path):
     code, out, err = call("tiny.safetensors", "--prompt", "x", "--gate-log", str(tmp_path / "no" / "log"))
     assert code == 2 and out == "" and err.count("\n") == 1 and "--gate-log" in err and "accepted" in err
+
+
+@pytest.fixture
+def classified(tiny_model, tmp_path, capsys):
+    """A checkpoint with a classifier, of train-classifier, that fires at about half of what the model writes."""
+    checkpoint = save_checkpoint(tiny_model(), tmp_path / "run.safetensors")
+    rng, rows = random.Random(1), []
+    for i in range(120):
+        text = "".join(chr(rng.choice(range(32, 127) if i % 2 else range(160, 1000))) for _ in range(40))
+        rows.append({"text": text, "label": "bad" if i % 2 else "good"})
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    learn = ["train-classifier", str(checkpoint), str(labelled), "--positive", "bad", "--device", "cpu"]
+    assert genesis([*learn, "--false-positive-rate", "0.9", "--window", "2"]) == 0
+    capsys.readouterr()
+    return checkpoint
+
+
+COMMON = ["--prompt", "ığ", "--max-bytes", "60", "--seed", "3", "--batch", "3", "--stop", "~"]
+ARGUMENTS = {"max_bytes": 60, "seed": 3, "batch": 3, "stop": [b"~"]}
+
+
+def test_the_classifier_beside_the_checkpoint_is_used(call, classified, tiny_model):
+    def texts(**arguments):
+        prompt = "ığ".encode()
+        return "".join(expected(tiny_model(), prompt, row, **ARGUMENTS, **arguments) + "\n" for row in range(3))
+
+    gate = HiddenStateGate.load(gate_path(classified), tiny_model())
+    lowered, blocked = texts(classifier=gate), texts(classifier=gate, classifier_mode="block")
+    assert len({lowered, blocked, texts()}) == 3
+    log = classified.parent / "gate_log.jsonl"
+    for options, text in (([], lowered), (["--classifier", "lower"], lowered), (["--classifier", "block"], blocked)):
+        code, out, err = call(str(classified), *COMMON, *options)
+        lines = [line for line in interventions(log) if line["category"] == "classifier"]
+        assert (code, out) == (0, text) and f"gate: classifier {len(lines)}" in err and "text" not in lines[0]
+        assert ("; ended by the classifier: " in err) == (text == blocked)
+        log.unlink()
+    code, out, err = call(str(classified), *COMMON, "--classifier", "off")
+    assert (code, out) == (0, texts()) and "classifier" not in err and not log.exists()
+
+
+def test_off_does_not_concern_the_policy(call, classified, tmp_path):
+    policy = tmp_path / "p.toml"
+    policy.write_text('[c]\nphrases = ["a", "e"]\nword_boundaries = false')
+    arguments = [str(classified), *COMMON, "--temperature", "1.5", "--classifier", "off"]
+    free, kept = call(*arguments)[1], call(*arguments, "--policy", str(policy))[1]
+    assert set("ae") & set(free) and not set("ae") & set(kept)
+
+
+def test_a_classifier_of_other_weights_gets_one_line_and_code_2(call, classified, tiny_model):
+    def refused(*options):
+        code, out, err = call(str(classified), *COMMON, *options)
+        assert code == 2 and out == "" and err.count("\n") == 1 and str(gate_path(classified)) in err
+        return err
+
+    save_checkpoint(tiny_model(thinking_steps=1), classified)
+    assert "other weights than the checkpoint's" in refused() and "--classifier off" in refused("--classifier", "block")
+    gate_path(classified).write_bytes(b"PK")
+    assert "damaged" in refused()
+    assert call(str(classified), *COMMON, "--classifier", "off")[0] == 0
+    gate_path(classified).unlink()
+    assert "no such file" in refused("--classifier", "block") and "no such file" in refused("--classifier", "lower")
+    assert call(str(classified), *COMMON)[0] == 0
