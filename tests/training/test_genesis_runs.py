@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-import train_curriculum
 from model import load_checkpoint
 from model.genesis.learning_curve import LearningCurveOptions
 from model.training.checkpoint import load_training_state
@@ -22,7 +21,7 @@ from model.training.genesis import Genesis
 from model.training.options import TrainingOptions
 from model.training.step import TrainingStep
 from model.training.trainer import Trainer
-from tests.training.test_train_script import RUN, curriculum, environment, identical, metrics  # noqa: F401
+from tests.training.test_train_script import RUN, curriculum, environment, identical, metrics, script  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 LAST = "last_model_curriculum.safetensors"
@@ -31,33 +30,6 @@ RECOMPUTED = [*ALL, "--replay-depth", "1", "--grow", "12:petals,31:blocks"]
 STORED = [*ALL, "--replay", "stored", "--replay-depth", "1", "--grow", "27:widen=48", "--amp", "bf16"]
 MIXED = [*ALL, "--replay-mixed", "--amplifier", "rate", "--learning-curve", "off", "--grow-left", "thawed"]
 KINDS = {"recomputed": RECOMPUTED, "stored": STORED, "mixed": MIXED}
-
-
-@pytest.fixture(scope="module")
-def script(environment):  # noqa: F811
-    """script(*arguments, stop_at=…, die_at=…) → exit code; in this process, which saves starting one.
-
-    `stop_at`: as by a signal in that step. `die_at`: gone after that step, without a save.
-    """
-
-    def run(*arguments, stop_at: int | None = None, die_at: int | None = None) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            train_one = Trainer._train_one
-
-            def interrupted(self):
-                train_one(self)
-                self.stop_requested = self.step == stop_at
-                if self.step == die_at:
-                    raise KeyboardInterrupt
-
-            patch.setattr(Trainer, "_train_one", interrupted)
-            if stop_at is not None:
-                patch.setattr(Trainer, "plot", lambda self: None)  # only what ends is looked at
-            patch.setenv("AGIFORMER_CACHE", environment["AGIFORMER_CACHE"])
-            patch.setattr(sys, "argv", ["train_curriculum.py", *map(str, arguments)])
-            return train_curriculum.main()
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +323,7 @@ def test_a_value_of_another_type_gets_one_line(given, script, curriculum, tmp_pa
 
 
 @pytest.mark.parametrize("given", [["--replay", "stored"], ["--replay-rows", "2"], ["--genesis", "off"]])
-def test_a_resumed_run_keeps_its_mechanisms(given, whole, script, capsys):
+def test_a_resumed_run_keeps_its_mechanisms(given, whole, script, capsys):  # noqa: F811
     out = whole("mixed").out
     before = (out / LAST).read_bytes()
     assert script("--resume", "--out", out, *given) == 2

@@ -15,7 +15,7 @@ from model.training.optimizer import MuonAdamW
 from model.training.step import TrainingStep
 from tests.conftest import make_random_model
 from tests.training.test_step import batches, host_reads
-from tests.training.test_train_script import RUN, curriculum, environment, identical, metrics, train  # noqa: F401
+from tests.training.test_train_script import RUN, curriculum, environment, identical, metrics, script, train  # noqa: F401
 
 GROWING = ["--grow", "12:petals,20:blocks,31:0,40:widen=48,50:thaw"]
 FREEZING = ["--freeze", "cryogenic", "--freeze-threshold", "0.85"]
@@ -150,25 +150,15 @@ def test_viscous_updates_are_the_reference_applied_to_plain_ones():
 
 
 @pytest.mark.parametrize("extra", [GROWING, FREEZING, FROZEN_ONCE, KL])
-def test_a_growing_run_stopped_and_resumed_is_bit_identical(extra, curriculum, environment, tmp_path):  # noqa: F811
+def test_a_growing_run_stopped_and_resumed_is_bit_identical(extra, curriculum, script, tmp_path):  # noqa: F811
     """Resumed twice, from saves on both sides of growth; routers sample and petals set on the way."""
     arguments = [*RUN, "--curriculum", curriculum, "--steps", 60, "--save-every", 5, *extra]
-    train(environment, *arguments, "--out", tmp_path / "whole")
+    assert script(*arguments, "--out", tmp_path / "whole") == 0
     for stop in (15, 48):  # 48 is a step with an evaluation, which is still to be made when the run stops there
         out = tmp_path / f"stopped-{stop}"
-        code = (
-            "import sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.')\n"
-            "from model.training.trainer import Trainer\n"
-            "train_one = Trainer._train_one\n"
-            "def stop(self):\n"
-            "    train_one(self)\n"
-            f"    if self.step == {stop}: self.stop_requested = True\n"
-            "Trainer._train_one = stop\n"
-            "import train_curriculum; sys.exit(train_curriculum.main())"
-        )
-        run_python(environment, code, "train_curriculum.py", *arguments, "--out", out)
+        assert script(*arguments, "--out", out, stop_at=stop) == 0
         assert load_training_state(out / "last_model_curriculum.safetensors")[1]["step"] == stop
-        train(environment, "--resume", "--out", out, "--quiet", "--sample-bytes", 20)
+        assert script("--resume", "--out", out, "--quiet", "--sample-bytes", 20) == 0
         assert identical(out, tmp_path / "whole")
     data = metrics(tmp_path / "whole")
     if extra is FROZEN_ONCE:  # what was there at step 20 sets, what is added then does not
@@ -185,19 +175,6 @@ def test_a_growing_run_stopped_and_resumed_is_bit_identical(extra, curriculum, e
         model = load_checkpoint(tmp_path / "whole" / "last_model_curriculum.safetensors")
         assert model.config.growth[:2] == ("petals 0 2", "grow 0")
         assert model.parameter_count() == data["growth"][-1]["parameters"]
-
-
-def run_python(environment, code, *arguments):  # noqa: F811
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=120, cwd=root,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
 
 
 def test_petals_set_and_the_model_grows_by_itself(curriculum, environment, tmp_path):  # noqa: F811
@@ -231,14 +208,13 @@ def test_petals_set_and_the_model_grows_by_itself(curriculum, environment, tmp_p
         (["--petals", "0"], "petals=0: accepted is an integer from 1 to 4096"),
     ],
 )
-def test_bad_growth_gets_one_line(arguments, message, curriculum, environment, tmp_path):  # noqa: F811
-    done = train(
-        environment, *RUN, "--curriculum", curriculum, "--steps", 60, *arguments, "--out", tmp_path, check=False
-    )
-    assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_bad_growth_gets_one_line(arguments, message, curriculum, script, tmp_path, capsys):  # noqa: F811
+    code = script(*RUN, "--curriculum", curriculum, "--steps", 60, *arguments, "--out", tmp_path)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert len(error.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())  # refused before anything was written
-    assert re.search(message, done.stderr), done.stderr
+    assert re.search(message, error), error
 
 
 def grown_step(device="cpu", **options):

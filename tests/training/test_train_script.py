@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_curriculum
 from model import load_checkpoint
 from model.training.checkpoint import load_training_state
+from model.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [f"--set={setting}" for setting in ("d_model=32", "n_layers=1", "n_heads=2", "ffn_dim=32", "byte_dim=16")]
@@ -61,6 +63,33 @@ def curriculum(tmp_path_factory):
 def environment(tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
     return os.environ | {"OMP_NUM_THREADS": "1", "AGIFORMER_CACHE": cache, "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def script(environment):
+    """script(*arguments, stop_at=…, die_at=…) → exit code; in this process, which saves starting one.
+
+    `stop_at`: as by a signal in that step. `die_at`: gone after that step, without a save.
+    """
+
+    def run(*arguments, stop_at: int | None = None, die_at: int | None = None) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            train_one = Trainer._train_one
+
+            def interrupted(self):
+                train_one(self)
+                self.stop_requested = self.step == stop_at
+                if self.step == die_at:
+                    raise KeyboardInterrupt
+
+            patch.setattr(Trainer, "_train_one", interrupted)
+            if stop_at is not None:
+                patch.setattr(Trainer, "plot", lambda self: None)  # only what ends is looked at
+            patch.setenv("AGIFORMER_CACHE", environment["AGIFORMER_CACHE"])
+            patch.setattr(sys, "argv", ["train_curriculum.py", *map(str, arguments)])
+            return train_curriculum.main()
+
+    return run
 
 
 def command(*arguments) -> list[str]:
