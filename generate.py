@@ -157,9 +157,9 @@ def read_prompt(options: argparse.Namespace) -> bytes:
 
 def load_gate(options: argparse.Namespace):
     """(the policy, compiled once so that its errors come first; the log, or None for the checkpoint's folder)."""
-    from model.genesis.automaton import compile_policy
-    from model.genesis.byte_gate import GateLog
-    from model.genesis.policy import load_policy
+    from model.genesis.gate.automaton import compile_policy
+    from model.genesis.gate.byte_gate import GateLog
+    from model.genesis.gate.policy import load_policy
 
     only = [] if options.policy_only is None else [options.policy_only]
     try:
@@ -196,7 +196,7 @@ def load(options: argparse.Namespace):
 
 def load_classifier(options: argparse.Namespace, model, path: Path):
     """The classifier beside the checkpoint, or None where there is none or it is off."""
-    from model.genesis.classifier import HiddenStateGate, gate_path
+    from model.genesis.gate.classifier import HiddenStateGate, gate_path
 
     beside = gate_path(path)
     if options.classifier == "off" or (options.classifier is None and not beside.exists()):
@@ -253,7 +253,7 @@ def run(options: argparse.Namespace) -> None:
     policy, log = load_gate(options)
     model, path = load(options)
     classifier = load_classifier(options, model, path)
-    from model.genesis.byte_gate import GateLog
+    from model.genesis.gate.byte_gate import GateLog
     from model.inference.generate import generate
 
     log = log or GateLog(path.parent / "gate_log.jsonl", with_text=options.log_text)

@@ -29,8 +29,8 @@ from model.agiformer import AGIFormer
 from model.cli import Parser, guarded, positive
 from model.config import AGIFormerConfig
 from model.evaluation.report import text_table
-from model.genesis.automaton import ByteAutomaton
-from model.genesis.policy import Policy, load_policy
+from model.genesis.gate.automaton import ByteAutomaton
+from model.genesis.gate.policy import Policy, load_policy
 from model.inference.generate import generate
 from model.training.checkpoint import find_checkpoint, load_checkpoint
 from model.training.distributed import join_workers

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from model.cli import Parser, guarded, positive
 
 if TYPE_CHECKING:
-    from model.genesis.interventions import Intervention, Marks, Review
+    from model.genesis.gate.interventions import Intervention, Marks, Review
 
 NAMED = 10  # damaged lines that are named; of more, how many
 QUESTION = "t true, f false, s skip, q quit: "
@@ -81,7 +81,7 @@ def _share(text: str) -> float:
 
 
 def _assignment(text: str) -> tuple[str, str]:
-    from model.genesis.interventions import VERDICTS
+    from model.genesis.gate.interventions import VERDICTS
 
     what, _, verdict = text.rpartition("=")
     if not what or verdict not in VERDICTS:
@@ -90,7 +90,7 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 def _review(options: argparse.Namespace) -> int:
-    from model.genesis.interventions import Marks, review, select, select_rule
+    from model.genesis.gate.interventions import Marks, review, select, select_rule
 
     marks = Marks(options.log)
     # All that is named is looked up before the first mark is written: a bad number marks nothing.
@@ -158,7 +158,7 @@ def _list(options: argparse.Namespace, marks: "Marks") -> None:
 
 
 def _interventions(options: argparse.Namespace) -> "Iterator[Intervention]":
-    from model.genesis.interventions import Intervention, read_log
+    from model.genesis.gate.interventions import Intervention, read_log
 
     for each in read_log(options.log):
         if isinstance(each, Intervention) and options.category in (None, each.category):
@@ -230,8 +230,8 @@ def _tell_damage(damaged: list, what: str, path: str | Path) -> None:
 
 
 def _apply(options: argparse.Namespace, found: "Review") -> None:
-    from model.genesis.interventions import policy_text, write_policy
-    from model.genesis.policy import DEFAULT, load_policy
+    from model.genesis.gate.interventions import policy_text, write_policy
+    from model.genesis.gate.policy import DEFAULT, load_policy
 
     policy = load_policy(*([] if options.policy == DEFAULT else [options.policy]))
     known = {rule.id for rule in policy.rules}
@@ -256,7 +256,7 @@ def _apply(options: argparse.Namespace, found: "Review") -> None:
 
 def _extended(options: argparse.Namespace) -> str:
     """The source policy as the new one names it: the shipped one, or a path from the new file's folder."""
-    from model.genesis.policy import DEFAULT
+    from model.genesis.gate.policy import DEFAULT
 
     if options.policy == DEFAULT:
         return options.policy
@@ -266,7 +266,7 @@ def _extended(options: argparse.Namespace) -> str:
 
 def _train(options: argparse.Namespace) -> int:
     from model.evaluation.report import number, pick_device
-    from model.genesis.classifier import gate_path, is_gate, read_labelled, train_gate
+    from model.genesis.gate.classifier import gate_path, is_gate, read_labelled, train_gate
     from model.training.checkpoint import find_checkpoint, load_checkpoint
 
     device = pick_device(options.device)

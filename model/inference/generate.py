@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from model.agiformer import AGIFormer
-from model.genesis.automaton import compile_policy
-from model.genesis.byte_gate import CONTEXT, ByteGate, GateLog, Removal
-from model.genesis.classifier import HiddenStateGate
-from model.genesis.guarded import GuardedStream, PatchWriter
-from model.genesis.policy import Policy, load_policy
+from model.genesis.gate.automaton import compile_policy
+from model.genesis.gate.byte_gate import CONTEXT, ByteGate, GateLog, Removal
+from model.genesis.gate.classifier import HiddenStateGate
+from model.genesis.gate.guarded import GuardedStream, PatchWriter
+from model.genesis.gate.policy import Policy, load_policy
 from model.inference.sampling import check_sampling, sample
 from model.inference.stream import ByteStream
 from model.inference.text import Utf8Constraint, unfinished

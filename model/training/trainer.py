@@ -21,8 +21,8 @@ from model.evaluation.convexity import hull_radii
 from model.evaluation.plots import plot_curriculum
 from model.evaluation.report import number
 from model.files import write_atomically
-from model.genesis.automaton import compile_policy
-from model.genesis.policy import load_policy
+from model.genesis.gate.automaton import compile_policy
+from model.genesis.gate.policy import load_policy
 from model.kernels.automaton import blocked_targets
 from model.layers.pyramid import Node, learning_leaves
 from model.petals.crystallization import Crystallization

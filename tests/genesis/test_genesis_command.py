@@ -14,11 +14,11 @@ import pytest
 
 from model import save_checkpoint
 from model.genesis.__main__ import main
-from model.genesis.classifier import HiddenStateGate, gate_path
-from model.genesis.interventions import Marks, read_log
-from model.genesis.policy import load_policy
+from model.genesis.gate.classifier import HiddenStateGate, gate_path
+from model.genesis.gate.interventions import Marks, read_log
+from model.genesis.gate.policy import load_policy
 from tests.conftest import make_random_model
-from tests.genesis.test_interventions import entry, write
+from tests.genesis.gate.test_interventions import entry, write
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from model import ByteStream
-from model.genesis.classifier import HiddenStateGate
-from model.genesis.policy import Policy, Rule
+from model.genesis.gate.classifier import HiddenStateGate
+from model.genesis.gate.policy import Policy, Rule
 from model.inference.generate import _Row, generate
 
 

@@ -16,8 +16,8 @@ import torch
 
 from model import ByteStream, save_checkpoint
 from model.genesis.__main__ import main as genesis
-from model.genesis.classifier import HiddenStateGate, gate_path
-from model.genesis.policy import load_policy
+from model.genesis.gate.classifier import HiddenStateGate, gate_path
+from model.genesis.gate.policy import load_policy
 from model.inference.generate import generate
 
 SCRIPT = Path(__file__).parents[2] / "generate.py"
@@ -307,7 +307,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_text(call, folder, tmp_p
         "--policy",
     ]
     text = call(*common, str(policy), "--gate-log", str(tmp_path / "log"))[1]
-    monkeypatch.setattr("model.genesis.byte_gate.os.open", refuse)
+    monkeypatch.setattr("model.genesis.gate.byte_gate.os.open", refuse)
     code, out, err = call(*common, str(policy))
     assert (code, out) == (0, text) and err.count("\n") == 1 and "not logged: No space left" in err
     code, out, err = call(*common, str(policy), "--gate-log", str(tmp_path / "log"))

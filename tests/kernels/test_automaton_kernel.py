@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from model.genesis.automaton import compile_policy
-from model.genesis.policy import Policy, Rule, load_policy
+from model.genesis.gate.automaton import compile_policy
+from model.genesis.gate.policy import Policy, Rule, load_policy
 from model.kernels import automaton
 from model.kernels.automaton import AutomatonTables, blocked_targets, run
 

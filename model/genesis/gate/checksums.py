@@ -9,8 +9,8 @@ follows: what follows a card number does not make it less of one.
 
 import numpy as np
 
-from model.genesis.dfa import Alphabet, Dfa
-from model.genesis.patterns import PatternError
+from model.genesis.gate.dfa import Alphabet, Dfa
+from model.genesis.gate.patterns import PatternError
 
 PREFIX = "builtin:"
 DIGITS = "0123456789"

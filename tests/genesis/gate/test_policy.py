@@ -2,9 +2,9 @@
 
 import pytest
 
-from model.genesis.automaton import compile_policy
-from model.genesis.folding import fold
-from model.genesis.policy import DEFAULT_POLICY, Policy, load_policy
+from model.genesis.gate.automaton import compile_policy
+from model.genesis.gate.folding import fold
+from model.genesis.gate.policy import DEFAULT_POLICY, Policy, load_policy
 
 
 @pytest.fixture

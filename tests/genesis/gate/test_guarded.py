@@ -10,12 +10,12 @@ import torch
 from matcher import fold, phrase_regex
 
 from model import AGIFormer, AGIFormerConfig
-from model.genesis.automaton import compile_policy
-from model.genesis.byte_gate import ByteGate, GateLog
-from model.genesis.classifier import HiddenStateGate, peak_risks, train_gate
-from model.genesis.guarded import GuardedStream, PatchWriter
-from model.genesis.interventions import read_log
-from model.genesis.policy import Policy, Rule, load_policy
+from model.genesis.gate.automaton import compile_policy
+from model.genesis.gate.byte_gate import ByteGate, GateLog
+from model.genesis.gate.classifier import HiddenStateGate, peak_risks, train_gate
+from model.genesis.gate.guarded import GuardedStream, PatchWriter
+from model.genesis.gate.interventions import read_log
+from model.genesis.gate.policy import Policy, Rule, load_policy
 from model.inference.generate import generate
 from model.inference.sampling import sample
 from model.inference.stream import ByteStream

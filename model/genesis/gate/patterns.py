@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.genesis.dfa import Alphabet, Dfa, SymbolSet, symbol_set
-from model.genesis.folding import CODE_POINTS, fold, fold_table, space_symbols, word_symbols
+from model.genesis.gate.dfa import Alphabet, Dfa, SymbolSet, symbol_set
+from model.genesis.gate.folding import CODE_POINTS, fold, fold_table, space_symbols, word_symbols
 
 LARGEST_REPEAT = 1000
 MOST_NFA_STATES = 20_000

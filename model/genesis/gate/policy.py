@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from model.genesis.checksums import PREFIX
-from model.genesis.folding import fold
+from model.genesis.gate.checksums import PREFIX
+from model.genesis.gate.folding import fold
 
 DEFAULT = "default"
 DEFAULT_POLICY = Path(__file__).parent / "policies" / "default.toml"

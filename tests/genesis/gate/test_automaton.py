@@ -8,9 +8,9 @@ import pytest
 import torch
 from matcher import completions, decoded, fold, phrase_regex
 
-from model.genesis.automaton import ByteAutomaton, FlatAutomaton, compile_policy
-from model.genesis.patterns import parse
-from model.genesis.policy import Policy, Rule, load_policy
+from model.genesis.gate.automaton import ByteAutomaton, FlatAutomaton, compile_policy
+from model.genesis.gate.patterns import parse
+from model.genesis.gate.policy import Policy, Rule, load_policy
 from model.kernels.automaton import blocked_targets
 
 PHRASES = ["ass", "as s", "a", "sas", "ığ", "straße", "fi", "x-y", "-a", "a-", "😀", "a 😀 b", "가", "10", "漢字", "#a"]
@@ -346,11 +346,11 @@ def test_bad_patterns_are_named_with_their_place(pattern):
 
 
 def test_policies_that_are_too_large_are_refused(monkeypatch):
-    monkeypatch.setattr("model.genesis.automaton.LARGEST", 20)
+    monkeypatch.setattr("model.genesis.gate.automaton.LARGEST", 20)
     rules = policy(["a long phrase", "another long phrase"]).rules
     with pytest.raises(ValueError, match=r"^policy .*phrases: accepted are"):
         ByteAutomaton(Policy(rules))
-    monkeypatch.setattr("model.genesis.automaton.MOST_AUTOMATA", 1)
+    monkeypatch.setattr("model.genesis.gate.automaton.MOST_AUTOMATA", 1)
     rules = policy(patterns=["builtin:luhn", "builtin:luhn-grouped"]).rules
     with pytest.raises(ValueError, match=r"^policy .*patterns: .*accepted are"):
         ByteAutomaton(Policy(rules))

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.genesis.automaton import ByteAutomaton
+from model.genesis.gate.automaton import ByteAutomaton
 from model.kernels.automaton import run
 
 LEAST_MASS = 1e-3

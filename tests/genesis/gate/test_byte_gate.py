@@ -11,9 +11,9 @@ import pytest
 import torch
 from matcher import fold, phrase_regex, settled
 
-from model.genesis.automaton import compile_policy
-from model.genesis.byte_gate import CONTEXT, ByteGate, GateLog, Removal
-from model.genesis.policy import Policy, Rule, load_policy
+from model.genesis.gate.automaton import compile_policy
+from model.genesis.gate.byte_gate import CONTEXT, ByteGate, GateLog, Removal
+from model.genesis.gate.policy import Policy, Rule, load_policy
 from model.inference.generate import generate
 from model.inference.sampling import sample
 from model.inference.stream import ByteStream

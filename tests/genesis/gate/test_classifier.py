@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model import save_checkpoint
-from model.genesis.classifier import (
+from model.genesis.gate.classifier import (
     HiddenStateGate,
     _held_out,
     calibrated_threshold,
@@ -20,7 +20,7 @@ from model.genesis.classifier import (
     roc_auc,
     train_gate,
 )
-from model.genesis.guarded import GuardedStream
+from model.genesis.gate.guarded import GuardedStream
 from model.inference.stream import PIECE
 from tests.conftest import make_random_model
 

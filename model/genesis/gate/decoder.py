@@ -6,8 +6,8 @@ that fold alike are one node of the trie, so that a policy in Latin letters need
 
 import numpy as np
 
-from model.genesis.dfa import Alphabet
-from model.genesis.folding import REPLACEMENT, fold_table
+from model.genesis.gate.dfa import Alphabet
+from model.genesis.gate.folding import REPLACEMENT, fold_table
 
 
 class Outcomes:

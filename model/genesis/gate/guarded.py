@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.agiformer import AGIFormer
-from model.genesis.classifier import HiddenStateGate
+from model.genesis.gate.classifier import HiddenStateGate
 from model.inference.stream import ByteStream
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from model.genesis.dfa import Alphabet, Dfa
+from model.genesis.gate.dfa import Alphabet, Dfa
 
 _NONE = np.iinfo(np.int32).max
 

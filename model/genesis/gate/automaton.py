@@ -23,13 +23,13 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from model.genesis.checksums import DIGITS, SEPARATORS, builtin_dfa, builtin_step
-from model.genesis.decoder import Outcomes, byte_sets, decoder_tables
-from model.genesis.dfa import Alphabet, Dfa, union
-from model.genesis.folding import REPLACEMENT
-from model.genesis.patterns import PatternError, parse, pattern_dfa, sets_of
-from model.genesis.phrases import phrase_dfa
-from model.genesis.policy import Policy, Rule
+from model.genesis.gate.checksums import DIGITS, SEPARATORS, builtin_dfa, builtin_step
+from model.genesis.gate.decoder import Outcomes, byte_sets, decoder_tables
+from model.genesis.gate.dfa import Alphabet, Dfa, union
+from model.genesis.gate.folding import REPLACEMENT
+from model.genesis.gate.patterns import PatternError, parse, pattern_dfa, sets_of
+from model.genesis.gate.phrases import phrase_dfa
+from model.genesis.gate.policy import Policy, Rule
 from model.kernels.automaton import AutomatonTables, run
 
 LARGEST = 2**20  # states of all automata together

@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from model.genesis.byte_gate import GateLog, Removal
-from model.genesis.interventions import (
+from model.genesis.gate.byte_gate import GateLog, Removal
+from model.genesis.gate.interventions import (
     Damaged,
     Marks,
     policy_text,

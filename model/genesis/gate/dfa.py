@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from model.genesis.folding import CODE_POINTS, space_symbols, word_symbols
+from model.genesis.gate.folding import CODE_POINTS, space_symbols, word_symbols
 
 SymbolSet = tuple[tuple[int, int], ...]
 

@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from model.genesis.folding import CODE_POINTS, NOTHING, SEVERAL, fold, fold_table, space_symbols, word_symbols
+from model.genesis.gate.folding import CODE_POINTS, NOTHING, SEVERAL, fold, fold_table, space_symbols, word_symbols
 
 EVERY = [code for code in range(CODE_POINTS) if not 0xD800 <= code < 0xE000]
 

@@ -1,0 +1,1 @@
+"""The gate over bytes: policies, their automaton, generation within them, its log, and a classifier beside it."""
