@@ -111,7 +111,7 @@ def bytes_per_second(model: AGIFormer, policy: Policy, batch: int, n: int) -> fl
 
 @cache
 def folded(c: str) -> str:
-    """One character: NFKC, case folded, no marks, nothing of no width, ı as i, digits as 0-9, until nothing changes."""
+    """NFKC, full case folding, no marks, nothing of no width, ı as i, digits of all scripts as 0-9, to a fixpoint."""
     before = None
     while c != before:
         before = c

