@@ -77,7 +77,10 @@ def parse_arguments() -> argparse.Namespace:
     genesis.add_argument(
         "--replay-mixed", action="store_const", const=True, help="one memory of all stages: usual experience replay"
     )
-    genesis.add_argument("--amplifier", help="of hidden gradients: auto, off, anchor, rate or both (default: auto)")
+    genesis.add_argument(
+        "--amplifier",
+        help="of units: anchor, rate or both; of recurring bytes: surprise; all, off or auto (default: auto)",
+    )
     genesis.add_argument("--persistence", help="protect what feeds important units: auto, off or on (default: auto)")
     genesis.add_argument("--persistence-strength", type=float, help="λ of its pull (default: 0.5)")
     genesis.add_argument("--learning-curve", help="slow start and boom, by novelty: auto, off or on (default: auto)")

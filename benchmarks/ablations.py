@@ -187,6 +187,7 @@ VARIANTS = {
     "amplifier-rate": Variant({"amplifier": "rate"}),
     "amplifier-anchor": Variant({"amplifier": "anchor"}),
     "amplifier": Variant({"amplifier": "both"}),
+    "amplifier-surprise": Variant({"amplifier": "surprise"}),
     "persistence": Variant({"persistence": "on"}),
     "learning-curve": Variant({"learning_curve": "on"}),
     "replay-balance": Variant({"replay": "recomputed", "balance": "on"}),

@@ -5,7 +5,8 @@
 A fact is an invented sentence about an invented place and name. For each, the checkpoint's model takes two training
 steps on batches of one row with the fact among rows of ordinary text, and is then asked for the name: whether greedy
 bytes are exactly it, and how many bits a byte of it costs. Every fact starts from the checkpoint again, with a new
-optimizer. The cost of other text tells what the two steps did elsewhere.
+optimizer, and with what the amplifier has made of ordinary text before. The cost of other text tells what the two steps
+did elsewhere.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from model.training.genesis import Genesis, GenesisOptions
 from model.training.optimizer import MuonAdamW
 from model.training.step import TrainingStep
 
-VARIANTS = ("off", "rate", "anchor", "both")
+VARIANTS = ("off", "rate", "anchor", "both", "surprise")
 SHOWN = 2
 TEMPLATES = (
     ("The lighthouse of {place} is kept by", "{name}"),
@@ -75,13 +76,15 @@ def recall(model: AGIFormer, question: bytes, answer: bytes) -> tuple[bool, floa
     return bool((logits.argmax(-1) == target).all()), F.cross_entropy(logits, target).item() / math.log(2)
 
 
-def measure(variant: str, arguments: argparse.Namespace, device: torch.device, text: Tensor) -> dict[str, float]:
+def measure(
+    variant: str, lr: float, arguments: argparse.Namespace, device: torch.device, earlier: Tensor, text: Tensor
+) -> dict[str, float]:
     """All facts, one after the other, each from the checkpoint."""
     torch.manual_seed(arguments.seed)
     model = load_checkpoint(find_checkpoint(arguments.checkpoint), device)
-    if variant in ("anchor", "both") and model.anchors is None:
+    if GenesisOptions(amplifier=variant).anchors and model.anchors is None:
         model.anchors = torch.zeros(len(model.blocks), model.config.d_model, device=device)
-    optimizer = MuonAdamW(model, lr=arguments.lr)
+    optimizer = MuonAdamW(model, lr=lr)
     genesis = None
     if variant != "off":
         options = GenesisOptions(amplifier=variant)
@@ -92,6 +95,11 @@ def measure(variant: str, arguments: argparse.Namespace, device: torch.device, t
     step = TrainingStep(model, optimizer, amp_dtype=amp, graph=True, genesis=genesis)
     state = {name: tensor.clone() for name, tensor in step.state_tensors().items()}
     weights = optimizer.values.clone()
+    if genesis is not None:
+        optimizer.set_lr(0.0)
+        for batch in earlier.split(arguments.batch_size):
+            step.run(batch.pin_memory() if device.type == "cuda" else batch)
+        known = {name: tensor.clone() for name, tensor in (genesis.shared_state() | genesis.own_state()).items()}
     anchors = None if model.anchors is None else model.anchors.clone()
     exact, bits, before, others = 0, 0.0, 0.0, 0.0
     for i, (question, answer) in enumerate(facts(arguments.facts, arguments.seed)):
@@ -100,13 +108,15 @@ def measure(variant: str, arguments: argparse.Namespace, device: torch.device, t
             if anchors is not None:
                 model.anchors.copy_(anchors)
         step.load_state_tensors(state)
+        if genesis is not None:
+            genesis.load(known)
         before += recall(model.eval(), question, answer)[1]
         model.train()
         for shown in range(SHOWN):
             first = (i * SHOWN + shown) * arguments.batch_size
             batch = text[torch.arange(first, first + arguments.batch_size) % len(text)]
             batch[0] = row_with(question + answer, batch[0])
-            optimizer.set_lr(arguments.lr)
+            optimizer.set_lr(lr)
             step.run(batch.pin_memory() if device.type == "cuda" else batch)
         found, cost = recall(model.eval(), question, answer)
         exact += found
@@ -125,7 +135,8 @@ def main() -> int:
     parser.add_argument("--facts", type=positive, default=100, help="facts (default: 100)")
     parser.add_argument("--batch-size", type=positive, default=8, help="rows, one with the fact (default: 8)")
     parser.add_argument("--seq-len", type=positive, default=256, help="bytes of a row (default: 256)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: 0.002)")
+    parser.add_argument("--lr", default="0.002", help="learning rates, comma-separated (default: 0.002)")
+    parser.add_argument("--earlier", type=positive, default=100, help="batches that the amplifier saw (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="of facts (default: 0)")
     parser.add_argument("--only", default=",".join(VARIANTS), help="comma-separated amplifiers (default: all)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
@@ -137,19 +148,35 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    try:
+        rates = [float(rate) for rate in arguments.lr.split(",")]
+    except ValueError:
+        raise ValueError(f"--lr {arguments.lr}: accepted are numbers, comma-separated") from None
     _, device = join_workers(arguments.device)
     store = open_store(load_curriculum(arguments.curriculum).stages[-1].source)
-    length = arguments.seq_len
+    length, count = arguments.seq_len, arguments.earlier * arguments.batch_size
+    if (held := len(store.train) // length) < count:
+        raise ValueError(
+            f"--earlier {arguments.earlier}: accepted is up to {held // arguments.batch_size} for this text"
+        )
+    earlier = torch.tensor(store.train[: count * length].copy()).view(-1, length)
     text = torch.tensor(store.val[: len(store.val) // length * length].copy()).view(-1, length)
-    figures = {}
+    figures = []
     for variant in arguments.only.split(","):
-        figures[variant] = measure(variant, arguments, device, text)
-        print(variant, figures[variant], file=sys.stderr, flush=True)
+        for lr in rates:
+            figures.append({"amplifier": variant, "lr": lr})
+            figures[-1] |= measure(variant, lr, arguments, device, earlier, text)
+            print(figures[-1], file=sys.stderr, flush=True)
     rows = [
-        [name, f"{row['recalled']:.1%}", *(f"{row[key]:.3f}" for key in ("before", "after", "other text"))]
-        for name, row in figures.items()
+        [
+            row["amplifier"],
+            f"{row['lr']:g}",
+            f"{row['recalled']:.1%}",
+            *(f"{row[key]:.3f}" for key in ("before", "after", "other text")),
+        ]
+        for row in figures
     ]
-    print(text_table(["amplifier", "recalled", "bits/byte before", "after", "other text after"], rows))
+    print(text_table(["amplifier", "lr", "recalled", "bits/byte before", "after", "other text after"], rows))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), "figures": figures}), "utf-8")
     return 0

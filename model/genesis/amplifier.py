@@ -2,7 +2,7 @@
 
     m_i = 1 where mean |∂L/∂h_i| > mean + 2 · std over the units, or among the top share
     b ← clamp(decay · b + η · m · h̄, ±bias_max)        anchoring; b is added to h in the next forward pass
-    ∂L/∂W_ij ← (1 + λ m_j) · ∂L/∂W_ij                  for the weights that feed unit j
+    ΔW_ij ← (1 + λ m_j) · ΔW_ij                        for the weights that feed unit j
 
 Static shapes, no host synchronisation, and whatever is not finite flags nothing.
 

@@ -22,13 +22,15 @@ from model.genesis.balance import GradNorm
 from model.genesis.learning_curve import LearningCurve, LearningCurveOptions
 from model.genesis.persistence import add_consolidation_gradient_, mobility
 from model.genesis.staged_replay import StagedReplay
+from model.genesis.surprise import RecurringSurprises, surprising
 from model.layers.block import HybridBlock
 from model.layers.pyramid import Node
 from model.training.distributed import Workers
 from model.training.optimizer import MuonAdamW
 
 ANCHOR_RATE, ANCHOR_DECAY, ANCHOR_MAX = 0.01, 0.99, 0.1  # η_amp, what a step keeps of an anchor, its largest value
-AMPLIFICATION = 1.0  # λ: the gradients of what feeds a flagged unit count 1 + λ times
+AMPLIFICATION = 1.0  # λ: the updates of what feeds a flagged unit count 1 + λ times
+SURPRISE = 4.0  # λ: the loss of a surprise that recurs counts 1 + λ times
 PROTECTION = 1.0  # s: what feeds the most important unit learns 1 + s times more slowly
 RE_ENCODED = 64  # entries that pass at once when the replay point moves
 
@@ -39,7 +41,7 @@ class GenesisOptions:
 
     replay: "off", "recomputed" or "stored"; replay_priority: "even" or "loss"; replay_mixed: draw from all stages alike
     (a baseline).
-    amplifier: "off", "anchor", "rate" or "both".
+    amplifier: "off", "anchor", "rate", "both" of these, "surprise", or "all".
     """
 
     replay: str = "off"
@@ -57,12 +59,32 @@ class GenesisOptions:
     @property
     def any(self) -> bool:
         """Whether there is anything to do. Balance alone has nothing to balance."""
-        return self.replay != "off" or self.watches or self.learning_curve
+        return self.replay != "off" or self.watches or self.surprise or self.learning_curve
+
+    @property
+    def anchors(self) -> bool:
+        """Whether flagged units are anchored."""
+        return self.amplifier in ("anchor", "both", "all")
+
+    @property
+    def rate(self) -> bool:
+        """Whether what feeds flagged units learns faster."""
+        return self.amplifier in ("rate", "both", "all")
+
+    @property
+    def surprise(self) -> bool:
+        """Whether recurring surprises count more."""
+        return self.amplifier in ("surprise", "all")
 
     @property
     def watches(self) -> bool:
         """Whether hidden gradients are looked at."""
-        return self.amplifier != "off" or self.persistence > 0
+        return self.anchors or self.rate or self.persistence > 0
+
+    @property
+    def gated(self) -> bool:
+        """Whether what the gate's policy blocks has to be known."""
+        return self.watches or self.surprise
 
 
 class Genesis:
@@ -122,6 +144,7 @@ class Genesis:
         self.consolidates = torch.zeros((), device=device)  # 1 once there is a reference to be pulled to
         self.curve = LearningCurve(_curve_options(steps), device) if options.learning_curve else None
         self.balance = GradNorm(2, device=device) if options.balance and self.memory is not None else None
+        self.surprises = RecurringSurprises(device=device) if options.surprise else None
         self.rebuild()
 
     def rebuild(self) -> None:
@@ -133,13 +156,14 @@ class Genesis:
             [(names[id(p)], p, dim) for p, dim in feeding_weights(block) if id(p) in names]
             for block in self.model.blocks
         ]
+        self.optimizer.modifiers = [self._amplify_updates] if self.options.rate else []
         if self.options.persistence:
             self.references = {
                 name: known[id(p)] if id(p) in known else p.detach().clone()
                 for block in self._feeding
                 for name, p, _ in block
             }
-            self.optimizer.modifiers = [self._persist]
+            self.optimizer.modifiers.append(self._persist)
         if self.options.replay == "stored" and self.memory is not None:
             for ring in self.memory.rings:
                 # Channels that `widen` has added: what they would have held is not known.
@@ -198,6 +222,7 @@ class Genesis:
             elif point:
                 joined = self._through(model.latents(targets).detach(), 0, point)
         self._batch, self._kept = x, None
+        blocked = None if self.blocked is None else self.blocked(x)
 
         def visit(depth: int, z: Tensor) -> Tensor:
             if depth == point:
@@ -209,23 +234,32 @@ class Genesis:
             return z
 
         if self.options.watches:
-            self._counts = self._positions_that_count(x)
+            self._counts = self._positions_that_count(blocked)
         z, _ = model.trunk(model.latents(x if joined is not None else rows), visit=visit)
         logits = model.read_out(model.think(z), rows)
         each = F.cross_entropy(logits.flatten(0, 1), rows.flatten().long(), reduction="none").view(len(rows), -1)
         # One mean over all bytes, as in `model.loss`: a mean of means would round the gradients otherwise.
         loss = each[:B].mean()
+        self.loss.copy_(loss.detach())
+        main = loss if self.surprises is None else self._with_surprises(x, each[:B], blocked)
         each = each.mean(1)
         self._row_losses = each.detach()
-        self.loss.copy_(loss.detach())
         if not rehearses:
-            return loss, loss
+            return loss, main
         valid = valid.to(each.dtype)
         replayed = (each[B:] * valid).sum() / valid.sum().clamp_min(1)
         weights = (1.0, self.options.replay_weight)
         if self.balance is not None:
-            weights = self._balanced(loss, replayed, weights)
-        return loss, weights[0] * loss + weights[1] * replayed
+            weights = self._balanced(main, replayed, weights)
+        return loss, weights[0] * main + weights[1] * replayed
+
+    def _with_surprises(self, x: Tensor, each: Tensor, blocked: Tensor | None) -> Tensor:
+        """x [B, L] and each byte's loss [B, L] → their mean, in which surprises that recur count more."""
+        self._surprising = surprising(each.detach())
+        if blocked is not None:
+            self._surprising &= ~blocked
+        weights = 1 + SURPRISE * (self._surprising & self.surprises.seen(x))
+        return (weights * each).sum() / weights.sum()
 
     def _rehearsal(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows that rehearse beside x [B, L]: latents [R, T, D], bytes [R, L], whether all of a row is one [R] bool.
@@ -258,13 +292,12 @@ class Genesis:
         self.balance.update(*measured)
         return factors[0] * weights[0], factors[1] * weights[1]
 
-    def _positions_that_count(self, x: Tensor) -> Tensor | None:
-        """[B, T] of 0 and 1: positions whose patch has no byte that the gate would block. None is all."""
-        if self.blocked is None:
+    def _positions_that_count(self, blocked: Tensor | None) -> Tensor | None:
+        """[B, T] of 0 and 1: positions whose patch has none of the blocked [B, L] bytes. None is all."""
+        if blocked is None:
             return None
         P = self.model.config.patch_size
-        blocked = F.pad(self.blocked(x), (0, -x.shape[1] % P)).unflatten(1, (-1, P)).any(-1)
-        return (~blocked).float()
+        return (~F.pad(blocked, (0, -blocked.shape[1] % P)).unflatten(1, (-1, P)).any(-1)).float()
 
     def _watch(self, block: int, z: Tensor, B: int) -> None:
         D = self.model.config.d_model
@@ -278,21 +311,25 @@ class Genesis:
 
     @torch.no_grad()
     def amplify(self) -> None:
-        """Flag the units of large gradient; amplify the gradients of what feeds them."""
+        """Flag the units of large gradient."""
         if self.options.watches or self.curve is not None:
             self.workers.average_(self._shared)
         if not self.options.watches:
             return
         self._masks = torch.stack([salient_units(row)[0] for row in self.magnitude])
-        if self.options.amplifier in ("rate", "both"):
-            for mask, block in zip(self._masks, self._feeding):
-                for _, p, dim in block:
-                    amplify_(p.grad, mask, AMPLIFICATION, dim=dim)
 
     def pace(self) -> None:
         """Set the learning rate of this step by the learning curve."""
         if self.curve is not None:
             self.optimizer.lr.mul_(self.curve.rate_factor())
+
+    @torch.no_grad()
+    def _amplify_updates(self, updates: Tensor) -> None:
+        """Amplify the updates of what feeds flagged units. Called by the optimizer: Muon undoes a gradient's factor."""
+        for mask, block in zip(self._masks, self._feeding):
+            for name, _, dim in block:
+                span, shape = self.optimizer.views[name]
+                amplify_(updates[span].view(shape), mask, AMPLIFICATION, dim=dim)
 
     @torch.no_grad()
     def _persist(self, updates: Tensor) -> None:
@@ -317,17 +354,19 @@ class Genesis:
 
     @torch.no_grad()
     def remember(self, finite: Tensor) -> None:
-        """Write the batch to memory, anchor the flagged units; nothing of it after a step that was not finite."""
+        """Write the batch and its surprises to memory, anchor flagged units; nothing after a step that was not finite."""
         if self.options.watches:
             masks = self._masks * finite
             self.importance.add_(masks)
-            if self.options.amplifier in ("anchor", "both"):
+            if self.options.anchors:
                 decay = 1 - (1 - ANCHOR_DECAY) * finite
                 for i, mask in enumerate(masks):
                     anchor_(
                         self.model.anchors[i], mask, self.hidden[i],
                         rate=ANCHOR_RATE, decay=decay, bias_max=ANCHOR_MAX,
                     )  # fmt: skip
+        if self.surprises is not None:
+            self.surprises.write(self._batch, self._surprising & finite)
         if self.memory is None:
             return
         stage = int(self.stage)
@@ -373,8 +412,9 @@ class Genesis:
         return state
 
     def own_state(self) -> dict[str, Tensor]:
-        """What each worker has for itself, by name: its memory."""
-        return {} if self.memory is None else {f"memory.{k}": v for k, v in self.memory.state_dict().items()}
+        """What each worker has for itself, by name: its memory, and what surprised it."""
+        parts = (("memory", self.memory), ("surprises", self.surprises))
+        return {f"{name}.{k}": v for name, part in parts if part is not None for k, v in part.state_dict().items()}
 
     def report(self) -> dict[str, object]:
         """What the mechanisms have done so far, as plain values. Waits for the device."""

@@ -11,12 +11,12 @@ from model.training.optimizer import OPTIMIZERS
 
 GENESIS = ("off", "on", "all")
 REPLAY = ("auto", "off", "recomputed", "stored")
-AMPLIFIER = ("auto", "off", "anchor", "rate", "both")
+AMPLIFIER = ("auto", "off", "anchor", "rate", "both", "surprise", "all")
 SWITCH = ("auto", "off", "on")
 # What "auto" is under --genesis on, and under all: docs/results.md says what each earned.
 GENESIS_DEFAULTS = {
     "on": {"replay": "recomputed", "amplifier": "off", "persistence": "off", "learning_curve": "off", "balance": "off"},
-    "all": {"replay": "recomputed", "amplifier": "both", "persistence": "on", "learning_curve": "on", "balance": "on"},
+    "all": {"replay": "recomputed", "amplifier": "all", "persistence": "on", "learning_curve": "on", "balance": "on"},
 }
 AMP = ("auto", "bf16", "fp16", "off")
 VISCOSITY = ("auto", "off", "resistance", "ema")
@@ -74,7 +74,7 @@ class TrainingOptions:
     replay_priority: str = "even"  # how entries of a stage are drawn: "even", or more often those of large "loss"
     replay_depth: int = 0  # blocks that the replay point has passed at the end; it moves with the stages
     replay_mixed: bool = False  # one memory of all stages, drawn from throughout: the usual experience replay
-    amplifier: str = "auto"  # anchor flagged units, amplify the "rate" of what feeds them, or both
+    amplifier: str = "auto"  # anchor units, raise the "rate" of what feeds them; recurring "surprise"s
     persistence: str = "auto"  # pull what feeds important units to its state at the end of the stage before
     persistence_strength: float = 0.5  # λ of that pull, in units of the learning rate
     learning_curve: str = "auto"  # slow start, then a boom when the novelty has dropped

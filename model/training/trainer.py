@@ -100,7 +100,7 @@ class Trainer:
         self.boundaries = curriculum.boundaries(options.steps)
         self._open_data(cache_dir)
         torch.manual_seed(options.seed)
-        anchored = options.genesis_options.amplifier in ("anchor", "both")
+        anchored = options.genesis_options.anchors
         self.model = AGIFormer(replace(config, anchors=anchored)).to(device)
         self.amp_dtype = amp_dtype(options.amp, device)
         self.graph = graph
@@ -147,7 +147,7 @@ class Trainer:
                 stages=len(self.curriculum.stages),
                 steps=options.steps,
                 workers=self.workers,
-                blocked=self._blocked_targets() if options.genesis_options.watches else None,
+                blocked=self._blocked_targets() if options.genesis_options.gated else None,
             )
         self.training_step = TrainingStep(
             self.model,

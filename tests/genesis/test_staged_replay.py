@@ -15,9 +15,9 @@ def filled(stages: int = 4, per_ring: int = 8, **options) -> StagedReplay:
     """Entry j of ring i has latents and bytes 10 i + j and the priority j + 1."""
     memory = StagedReplay(stages, per_ring * max(1, stages - 1), (2, 3), (5,), **options)
     for i, ring in enumerate(memory.rings):
-        numbers = 10 * i + torch.arange(ring.size)
+        numbers = 10 * i + torch.arange(ring.size, device=ring.target.device)
         hidden = numbers.view(-1, 1, 1).expand(-1, 2, 3).float()
-        ring.write(hidden, numbers.view(-1, 1).expand(-1, 5).to(torch.uint8), torch.arange(1.0, ring.size + 1))
+        ring.write(hidden, numbers.view(-1, 1).expand(-1, 5).to(torch.uint8), numbers % 10 + 1.0)
     return memory
 
 

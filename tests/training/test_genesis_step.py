@@ -21,7 +21,7 @@ from tests.conftest import make_random_model
 from tests.genesis.test_balance import by_autograd
 from tests.training.test_step import batches
 
-ALL = {"amplifier": "both", "persistence": 0.5, "learning_curve": True, "balance": True}
+ALL = {"amplifier": "all", "persistence": 0.5, "learning_curve": True, "balance": True}
 REPLAYS = ("recomputed", "stored")
 
 
@@ -421,8 +421,8 @@ def flags_by_autograd(model: AGIFormer, x: Tensor, counts: Tensor | None = None)
 
 
 @pytest.mark.parametrize("rehearses", [False, True])
-def test_flagged_units_are_those_of_autograd_and_what_feeds_them_learns_twice_as_fast(rehearses):
-    """Of the batch alone: what is rehearsed has its gradient amplified, but flags nothing."""
+def test_flagged_units_are_those_of_autograd_and_what_feeds_them_moves_twice_as_far(rehearses):
+    """Of the batch alone: what is rehearsed flags nothing."""
     model = loud_model()
     step = built(model, replay="recomputed", amplifier="rate")
     if rehearses:
@@ -433,20 +433,92 @@ def test_flagged_units_are_those_of_autograd_and_what_feeds_them_learns_twice_as
     (x,) = batches(1)
     flagged, _ = flags_by_autograd(model, x)
     assert 0 < flagged.sum() < 12 and flagged[:, 3].any()
-    state = torch.get_rng_state()
-    step.optimizer.zero_grad()
-    step.genesis.losses(x)[1].backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    torch.set_rng_state(state)
+    updates = []
+    keep = lambda g: updates.append({name: g[span].view(shape).clone() for name, (span, shape) in views.items()})
+    views, amplify = step.optimizer.views, step.optimizer.modifiers[0]
+    step.optimizer.modifiers = [keep, amplify, keep]
     step.run(x)
     assert torch.equal(step.genesis.importance, flagged)
     named = feeding(model)
-    for name, p in model.named_parameters():
+    assert named.keys() <= updates[0].keys()
+    for name, update in updates[0].items():
         factor = torch.ones(())
         if name in named:
             block, dim = named[name]
-            factor = (1 + flagged[block]).view([-1 if i == dim else 1 for i in range(p.dim())])
-        assert torch.equal(p.grad, expected[name] * factor), name
+            factor = (1 + flagged[block]).view([-1 if i == dim else 1 for i in range(update.dim())])
+        assert torch.equal(updates[1][name], update * factor), name
+
+
+def written_like(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch whose second half repeats x's, and which of its bytes end 16 that x has [B, L]."""
+    y = torch.cat([x[:, 40:], x[:, :40]], 1).roll(1, 0)
+    runs = {bytes(row[i - 15 : i + 1]) for row in x.tolist() for i in range(15, x.shape[1])}
+    return y, torch.tensor([[i >= 15 and bytes(r[i - 15 : i + 1]) in runs for i in range(len(r))] for r in y.tolist()])
+
+
+@pytest.mark.parametrize("rehearses", [False, True])
+@pytest.mark.parametrize("amplifier", ["surprise", "all"])
+def test_surprises_that_recur_count_five_times(amplifier, rehearses):
+    model = loud_model(anchors=True)
+    step = built(model, replay="recomputed" if rehearses else "off", amplifier=amplifier, replay_weight=0.0)
+    step.optimizer.set_lr(0.0)
+    (x,) = noise(1)
+    y, recurs = written_like(x)
+    each = lambda batch: F.cross_entropy(model(batch).flatten(0, 1), batch.flatten().long(), reduction="none").view(
+        4, 64
+    )
+    first = each(x).detach()
+    step.run(x)
+    if rehearses:
+        step.genesis.enter_stage(1)
+    model.anchors.zero_()  # what the model says is the same again
+    # Of what y repeats, what surprised in x.
+    surprised = {
+        bytes(row[i - 15 : i + 1])
+        for row, losses in zip(x.tolist(), first.tolist())
+        for i in range(15, 64)
+        if losses[i] > first.mean()
+    }
+    again = torch.tensor([[bytes(row[max(0, i - 15) : i + 1]) in surprised for i in range(64)] for row in y.tolist()])
+    assert 20 < again.sum() < recurs.sum()
+    losses = each(y)
+    weights = 1 + 4 * (again & (losses > losses.mean())).float()
+    assert 10 < (weights > 1).sum() < again.sum()
+    exact = torch.autograd.grad((weights * losses).sum() / weights.sum(), list(model.parameters()), allow_unused=True)
+    step.optimizer.zero_grad()
+    loss, total = step.genesis.losses(y)
+    total.backward()
+    assert loss.item() == pytest.approx(losses.mean().item(), rel=1e-6)  # what is reported is not weighted
+    for (name, p), gradient in zip(model.named_parameters(), exact):
+        if gradient is not None:
+            torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item(), msg=name)
+    assert total.item() > loss.item()
+
+
+def test_what_the_policy_blocks_is_no_surprise():
+    x = torch.tensor([list((ADDRESS * 3)[:64])] * 4, dtype=torch.uint8)
+    blocked = policy_of_the_run()
+    marked = blocked(x)
+    assert marked[0].any()
+    seen = []
+    for policy in (None, blocked):
+        step = built(loud_model(), amplifier="surprise", blocked=policy)
+        step.run(x)
+        seen.append(step.genesis.surprises.seen(x))
+        assert not (step.genesis._surprising & marked).any() or policy is None
+    runs = lambda found: {bytes(x[0, i - 15 : i + 1].tolist()) for i in range(15, 64) if found[0, i]}
+    assert runs(seen[1]) < runs(seen[0])
+
+
+def test_a_step_that_is_not_finite_is_no_surprise():
+    model = loud_model()
+    step = built(model, amplifier="surprise")
+    with torch.no_grad():
+        model.head.output.weight[0, 0] = torch.nan
+    (x,) = batches(1)
+    step.run(x)
+    assert not step.genesis.surprises.table.any() and not step.genesis.surprises.writes
+    assert not step.genesis.surprises.seen(x).any()
 
 
 @pytest.mark.parametrize("amplifier, moves", [("off", False), ("rate", False), ("anchor", True), ("both", True)])
