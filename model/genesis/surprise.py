@@ -50,7 +50,7 @@ class RecurringSurprises(nn.Module):
         self.register_buffer("_newer", torch.tensor(_NEWER, device=device).unsqueeze(-1), persistent=False)
 
     def _places(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, L] bytes → slot and fingerprint [B, L] of the run that ends at each byte; nonsense before it is full."""
+        """x [B, L] bytes → slot and fingerprint [B, L] of the run that ends at each byte, if a whole one does."""
         h = x.long() + 1  # a run of zeros is no empty run
         h = torch.stack([h, h])
         for i in range(DOUBLINGS):

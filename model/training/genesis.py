@@ -354,7 +354,7 @@ class Genesis:
 
     @torch.no_grad()
     def remember(self, finite: Tensor) -> None:
-        """Write the batch and its surprises to memory, anchor flagged units; nothing after a step that was not finite."""
+        """Write the batch and its surprises to memory, anchor flagged units; nothing of it after a non-finite step."""
         if self.options.watches:
             masks = self._masks * finite
             self.importance.add_(masks)

@@ -434,7 +434,10 @@ def test_flagged_units_are_those_of_autograd_and_what_feeds_them_moves_twice_as_
     flagged, _ = flags_by_autograd(model, x)
     assert 0 < flagged.sum() < 12 and flagged[:, 3].any()
     updates = []
-    keep = lambda g: updates.append({name: g[span].view(shape).clone() for name, (span, shape) in views.items()})
+
+    def keep(g: Tensor) -> None:
+        updates.append({name: g[span].view(shape).clone() for name, (span, shape) in views.items()})
+
     views, amplify = step.optimizer.views, step.optimizer.modifiers[0]
     step.optimizer.modifiers = [keep, amplify, keep]
     step.run(x)
@@ -464,9 +467,11 @@ def test_surprises_that_recur_count_five_times(amplifier, rehearses):
     step.optimizer.set_lr(0.0)
     (x,) = noise(1)
     y, recurs = written_like(x)
-    each = lambda batch: F.cross_entropy(model(batch).flatten(0, 1), batch.flatten().long(), reduction="none").view(
-        4, 64
-    )
+
+    def each(batch: Tensor) -> Tensor:
+        logits = model(batch).flatten(0, 1)
+        return F.cross_entropy(logits, batch.flatten().long(), reduction="none").view(4, 64)
+
     first = each(x).detach()
     step.run(x)
     if rehearses:
@@ -506,8 +511,8 @@ def test_what_the_policy_blocks_is_no_surprise():
         step.run(x)
         seen.append(step.genesis.surprises.seen(x))
         assert not (step.genesis._surprising & marked).any() or policy is None
-    runs = lambda found: {bytes(x[0, i - 15 : i + 1].tolist()) for i in range(15, 64) if found[0, i]}
-    assert runs(seen[1]) < runs(seen[0])
+    runs = [{bytes(x[0, i - 15 : i + 1].tolist()) for i in range(15, 64) if found[0, i]} for found in seen]
+    assert runs[1] < runs[0]
 
 
 def test_a_step_that_is_not_finite_is_no_surprise():
