@@ -177,6 +177,7 @@ VARIANTS = {
     # GENESIS: what is on by default, each mechanism alone, all of them, and what the field would do
     "default": Variant({"genesis": "on"}),
     "replay": Variant({"replay": "recomputed"}),
+    "replay-1-row": Variant({"replay": "recomputed", "replay_rows": 1}),
     "replay-loss": Variant({"replay": "recomputed", "replay_priority": "loss"}),
     "replay-depth-2": Variant({"replay": "recomputed", "replay_depth": 2}),
     "replay-1-MiB": Variant({"replay": "recomputed"} | MEBIBYTE),

@@ -39,35 +39,50 @@ def salient_units(
     """
     if top_share is not None and not 0 < top_share <= 1:
         raise ValueError(f"top_share={top_share!r}: accepted is a number over 0 and up to 1, or None")
-    magnitude = position_mean(gradient.float().abs(), weights)
-    finite = magnitude.isfinite().all()
-    magnitude = torch.where(finite, magnitude, 0)
-    if top_share is None:
-        # Squares of gradients under an unscaled fp16 loss are out of float32's range.
-        wide = magnitude.double()
-        mask = wide > wide.mean() + stds * wide.std()
-    else:
-        top = magnitude.topk(max(1, round(top_share * len(magnitude)))).indices
-        mask = torch.zeros_like(magnitude).scatter_(0, top, 1.0).bool() & (magnitude > 0)
-    return mask.float(), magnitude
+    magnitude = position_mean(gradient, weights, absolute=True)
+    magnitude = torch.where(magnitude.isfinite().all(), magnitude, 0)
+    return flagged(magnitude, stds=stds, top_share=top_share), magnitude
 
 
 @torch.no_grad()
-def position_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean [D] float32 over all positions of values [..., D], as weights [...] ≥ 0 count them; 0 where none counts.
+def flagged(magnitude: Tensor, *, stds: float = 2.0, top_share: float | None = None) -> Tensor:
+    """The mask [..., D] float32 of `salient_units` from magnitudes [..., D], each row by itself."""
+    magnitude = torch.where(magnitude.isfinite().all(-1, keepdim=True), magnitude, 0)
+    if top_share is None:
+        # Squares of gradients under an unscaled fp16 loss are out of float32's range.
+        wide = magnitude.double()
+        return (wide > wide.mean(-1, keepdim=True) + stds * wide.std(-1, keepdim=True)).float()
+    top = magnitude.topk(max(1, round(top_share * magnitude.shape[-1]))).indices
+    return torch.zeros_like(magnitude).scatter_(-1, top, 1.0) * (magnitude > 0)
+
+
+@torch.no_grad()
+def position_mean(values: Tensor, weights: Tensor | None = None, *, absolute: bool = False) -> Tensor:
+    """Mean [D] float32 over all positions of values [..., D], or of |values| if `absolute`.
+
+    Positions count as weights [...] ≥ 0 say (faster as bool), 0 where none counts; all alike when None. What a position
+    that does not count holds does not matter.
 
     Raises:
         ValueError: when weights do not have one value a position.
     """
-    rows = values.float().reshape(-1, values.shape[-1])
+    rows = values.reshape(-1, values.shape[-1])
     if weights is None:
-        return rows.mean(0)
+        return _column_sums(rows, absolute) / len(rows)
     if weights.shape != values.shape[:-1]:
         raise ValueError(f"weights have shape {tuple(weights.shape)}: accepted is {tuple(values.shape[:-1])}")
-    weights = weights.float().reshape(-1, 1)
-    # A position that does not count may hold anything. No matrix product: autocast would round it.
-    total = (torch.where(weights > 0, rows, 0) * weights).sum(0)
-    return total / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    weights = weights.reshape(-1, 1)
+    rows = torch.where(weights > 0, rows, 0)
+    if weights.dtype != torch.bool:
+        rows = rows.float() * weights.float()  # no matrix product: autocast would round it
+    return _column_sums(rows, absolute) / weights.sum().float().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _column_sums(rows: Tensor, absolute: bool) -> Tensor:
+    """rows [N, D] → [D] float32, in one pass."""
+    if absolute:
+        return torch.linalg.vector_norm(rows, 1, 0, dtype=torch.float32)
+    return rows.sum(0, dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -84,13 +99,13 @@ def anchor_(
     """b ← clamp(decay · b + rate · m · h̄, ±bias_max), in place.
 
     Args:
-        bias: b [D].
-        mask: m [D], of `salient_units`; all 0 leaves the decay alone.
-        hidden: h̄ [D], of `position_mean`; values that are not finite add nothing.
+        bias: b [..., D].
+        mask: m [..., D], of `salient_units`; all 0 leaves the decay alone.
+        hidden: h̄ [..., D], of `position_mean`; values that are not finite add nothing.
         rate: η_amp.
         decay: what a call keeps of the bias, in [0, 1].
         bias_max: largest absolute value.
-        sign: sign(∂L/∂h) [D], to be multiplied in (see the module's text).
+        sign: sign(∂L/∂h) [..., D], to be multiplied in (see the module's text).
     """
     step = hidden if sign is None else hidden * sign
     step = torch.where((mask > 0) & step.isfinite(), rate * mask * step, 0)

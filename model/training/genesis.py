@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.agiformer import AGIFormer
-from model.genesis.amplifier import amplify_, anchor_, position_mean, salient_units
+from model.genesis.amplifier import amplify_, anchor_, flagged, position_mean
 from model.genesis.balance import GradNorm
 from model.genesis.learning_curve import LearningCurve, LearningCurveOptions
 from model.genesis.persistence import add_consolidation_gradient_, mobility
@@ -293,11 +293,11 @@ class Genesis:
         return factors[0] * weights[0], factors[1] * weights[1]
 
     def _positions_that_count(self, blocked: Tensor | None) -> Tensor | None:
-        """[B, T] of 0 and 1: positions whose patch has none of the blocked [B, L] bytes. None is all."""
+        """[B, T] bool: positions whose patch has none of the blocked [B, L] bytes. None is all."""
         if blocked is None:
             return None
         P = self.model.config.patch_size
-        return (~F.pad(blocked, (0, -blocked.shape[1] % P)).unflatten(1, (-1, P)).any(-1)).float()
+        return ~F.pad(blocked, (0, -blocked.shape[1] % P)).unflatten(1, (-1, P)).any(-1)
 
     def _watch(self, block: int, z: Tensor, B: int) -> None:
         D = self.model.config.d_model
@@ -305,7 +305,7 @@ class Genesis:
         counts = self._counts
 
         def look(gradient: Tensor) -> None:
-            self.magnitude[block].copy_(position_mean(gradient[:B, :, :D].float().abs(), counts))
+            self.magnitude[block].copy_(position_mean(gradient[:B, :, :D], counts, absolute=True))
 
         z.register_hook(look)
 
@@ -316,7 +316,7 @@ class Genesis:
             self.workers.average_(self._shared)
         if not self.options.watches:
             return
-        self._masks = torch.stack([salient_units(row)[0] for row in self.magnitude])
+        self._masks = flagged(self.magnitude)
 
     def pace(self) -> None:
         """Set the learning rate of this step by the learning curve."""
@@ -360,11 +360,7 @@ class Genesis:
             self.importance.add_(masks)
             if self.options.anchors:
                 decay = 1 - (1 - ANCHOR_DECAY) * finite
-                for i, mask in enumerate(masks):
-                    anchor_(
-                        self.model.anchors[i], mask, self.hidden[i],
-                        rate=ANCHOR_RATE, decay=decay, bias_max=ANCHOR_MAX,
-                    )  # fmt: skip
+                anchor_(self.model.anchors, masks, self.hidden, rate=ANCHOR_RATE, decay=decay, bias_max=ANCHOR_MAX)
         if self.surprises is not None:
             self.surprises.write(self._batch, self._surprising & finite)
         if self.memory is None:
