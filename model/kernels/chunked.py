@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.kernels.recurrent import EPSILON
+from model.kernels.transforms import apply
 
 CHUNK = 64  # steps per chunk: the [CHUNK, CHUNK] and [E, E] products then cost the same at E = 64
 SEGMENT = 16  # chunks whose states are combined in one product before one is carried on
@@ -47,7 +48,7 @@ def chunked_hebbian(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: S
     size = _chunk_size(T)
     # Contiguous once here: every product below would otherwise copy its operands again.
     q, k, v, log_decay = (_chunks(x, size).contiguous() for x in (q, k, v, log_decay))
-    out, M, z = _ChunkedHebbian.apply(q, k, v, log_decay, *state)
+    out, M, z = apply(_ChunkedHebbian, q, k, v, log_decay, *state)
     return out.flatten(2, 3)[:, :, :T], (M, z)
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.kernels.transforms import apply, batched
+
 try:
     import triton
     import triton.language as tl
@@ -26,7 +28,7 @@ def _pick(impl: str, x: Tensor) -> str:
         raise ValueError("impl='triton': needs the package triton; accepted here are auto and torch")
     if impl == "auto":
         # float64 is for references; one element would be a constant to the compiler.
-        fits = x.is_cuda and x.dtype != torch.float64 and x.numel() > 1
+        fits = x.is_cuda and not batched(x) and x.dtype != torch.float64 and x.numel() > 1
         return "triton" if fits and triton is not None else "torch"
     return impl
 
@@ -34,7 +36,7 @@ def _pick(impl: str, x: Tensor) -> str:
 def squared_relu(x: Tensor, impl: str = "auto") -> Tensor:
     """max(x, 0)² of any shape and float type (So et al. 2021); convex, and once differentiable."""
     if _pick(impl, x) == "triton":
-        return _SquaredReLU.apply(x.contiguous())
+        return apply(_SquaredReLU, x.contiguous())
     positive = x.relu()
     # Not .square(): autocast runs powers in float32, four times the memory traffic of this product.
     return positive * positive
@@ -47,7 +49,7 @@ def split_signs(weight: Tensor, dtype: torch.dtype | None = None, impl: str = "a
     """
     dtype = dtype or weight.dtype
     if _pick(impl, weight) == "triton":
-        return _SplitSigns.apply(weight.contiguous(), dtype)
+        return apply(_SplitSigns, weight.contiguous(), dtype)
     weight = weight.to(dtype)
     # clamp, not relu: its gradient at 0 is 1.
     return torch.cat([weight.clamp(min=0), (-weight).clamp(min=0)], -1)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.kernels.transforms import apply, batched
+
 try:
     import triton
     import triton.language as tl
@@ -33,9 +35,9 @@ def signed_hull(o: Tensor, tau: Tensor, impl: str = "auto") -> Tensor:
         raise ValueError("impl='triton': needs the package triton; accepted here are auto and torch")
     if impl == "auto":
         # float64 is for references: the kernel works in float32.
-        fits = o.is_cuda and o.dtype != torch.float64 and o.shape[1] * o.shape[2] > 2
+        fits = o.is_cuda and not batched(o, tau) and o.dtype != torch.float64 and o.shape[1] * o.shape[2] > 2
         impl = "triton" if fits and triton is not None else "torch"
-    return (_SignedHull if impl == "triton" else _SignedHullTorch).apply(o.contiguous(), tau)
+    return apply(_SignedHull if impl == "triton" else _SignedHullTorch, o.contiguous(), tau)
 
 
 def log_mean_exp(o: Tensor, tau: Tensor) -> Tensor:

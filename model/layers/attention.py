@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.kernels.transforms import apply
 from model.layers.norm import rms_norm
 from model.layers.rotary import Phases, rotate
 
@@ -97,7 +98,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, cached: int) -> Tensor
         distance = torch.arange(cached, cached + T, device=q.device)[:, None] - torch.arange(S, device=q.device)
         mask = (distance >= 0) & (distance < window)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    return _GradientOfSameLayout.apply(out).transpose(1, 2)
+    return apply(_GradientOfSameLayout, out).transpose(1, 2)
 
 
 class _GradientOfSameLayout(torch.autograd.Function):

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.kernels.transforms import apply
 from model.layers.attention import AttentionState, WindowAttention
 from model.layers.block import BlockState, HybridBlock
 from model.layers.norm import rms_norm
@@ -124,7 +125,7 @@ class SinkhornMixer(nn.Module):
         """[..., D] → [..., D]."""
         slices = x.unflatten(-1, (self.slices, -1))
         mixed = torch.einsum("st,...td->...sd", self.matrix().to(x.dtype), slices)
-        amount = _UnitInterval.apply(self.amount).to(x.dtype)
+        amount = apply(_UnitInterval, self.amount).to(x.dtype)
         return x + amount * (mixed - slices).flatten(-2)
 
 
