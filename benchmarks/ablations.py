@@ -193,6 +193,7 @@ VARIANTS = {
     "learning-curve": Variant({"learning_curve": "on"}),
     "replay-balance": Variant({"replay": "recomputed", "balance": "on"}),
     "all": Variant({"genesis": "all"}),
+    "all-1-row": Variant({"genesis": "all", "replay_rows": 1}),
     "elastic-weights": Variant(trainer=elastic_weights),
 }
 

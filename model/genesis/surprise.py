@@ -1,12 +1,13 @@
 """Recurring surprises: bytes that surprised the model once, and do it again where they are shown again.
 
     s_i = 1 where L_i > mean of L over the batch                  a surprise
-    r_i = 1 where byte i and the 15 before it ended in a surprise before       that recurs
+    r_i = 1 where byte i and the 15 before it ended in a surprise once before  that recurs
     L = Σ w_i L_i / Σ w_i,   w_i = 1 + λ s_i r_i
 
 It is the sticky amplifier's question (seed 000, section 3: which events deserve more learning) asked of events, not of
 units. A surprise alone says little: most of what a model cannot predict is noise, which it should not learn. What
-recurs can be learned, and what still surprises then has not been.
+recurs can be learned, and what still surprises then has not been. It counts more at its second showing alone: what goes
+on to surprise is noise after all, and a loss that favours it for ever would be another objective.
 
 The memory is a table of fingerprints, not of text: one int64 a slot, newer ones in the place of older.
 
@@ -27,10 +28,11 @@ _NEWER = ((0x41C64E6D,), (0x5851F42D,))
 
 
 class RecurringSurprises(nn.Module):
-    """Which bytes end a run of `CONTEXT` bytes that has been written before.
+    """Which bytes end a run of `CONTEXT` bytes that has been written once before.
 
     Buffers, all of its state:
-        table [slots] int64: the write that made an entry, shifted, and the run's fingerprint; 0 is empty.
+        table [slots] int64: the write that made an entry, whether the run was known by then (one bit), and the run's
+            fingerprint (30 bits); 0 is empty.
         writes: int64 scalar, number of writes so far.
 
     Args:
@@ -60,27 +62,37 @@ class RecurringSurprises(nn.Module):
             h = (h ^ (h >> 31)) & _MASK
         return h[0] & (len(self.table) - 1), h[1] & (2**FINGERPRINT_BITS - 1)
 
+    def _look(self, slot: Tensor, fingerprint: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each run is in the table, and whether it has been written more than once."""
+        entry = self.table[slot]
+        known = (entry > 0) & ((entry & (2**FINGERPRINT_BITS - 1)) == fingerprint)
+        return known, known & ((entry >> FINGERPRINT_BITS) & 1 > 0)
+
     @torch.no_grad()
-    def seen(self, x: Tensor) -> Tensor:
-        """x [B, L] bytes → [B, L] bool: whether the run that ends at each byte is in the table.
+    def seen_once(self, x: Tensor) -> Tensor:
+        """x [B, L] bytes → [B, L] bool: whether the run that ends at each byte has been written once, not more often.
 
         Never true for a row's first CONTEXT − 1 bytes. A run that has not been written is taken for one that has about
         once in 2^30 looks.
         """
-        slot, fingerprint = self._places(x)
-        entry = self.table[slot]
-        found = (entry > 0) & ((entry & (2**FINGERPRINT_BITS - 1)) == fingerprint)
-        return found & (torch.arange(x.shape[1], device=x.device) >= CONTEXT - 1)
+        known, often = self._look(*self._places(x))
+        return known & ~often & _whole(x)
 
     @torch.no_grad()
     def write(self, x: Tensor, surprising: Tensor) -> None:
         """Note the runs of x [B, L] that end at surprising [B, L] bool bytes; where none does, nothing changes."""
-        kept = surprising & (torch.arange(x.shape[1], device=x.device) >= CONTEXT - 1)
+        kept = surprising & _whole(x)
         self.writes += kept.any()
         slot, fingerprint = self._places(x)
-        entry = torch.where(kept, (self.writes << FINGERPRINT_BITS) + fingerprint, 0)
+        known, _ = self._look(slot, fingerprint)
+        entry = (((self.writes << 1) + known) << FINGERPRINT_BITS) + fingerprint
         # The largest is the newest, and the same whatever the order of the threads.
-        self.table.scatter_reduce_(0, slot.flatten(), entry.flatten(), "amax")
+        self.table.scatter_reduce_(0, slot.flatten(), torch.where(kept, entry, 0).flatten(), "amax")
+
+
+def _whole(x: Tensor) -> Tensor:
+    """[L] bool: the places of x [B, L] where a whole run ends."""
+    return torch.arange(x.shape[1], device=x.device) >= CONTEXT - 1
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from model.training.optimizer import MuonAdamW
 
 ANCHOR_RATE, ANCHOR_DECAY, ANCHOR_MAX = 0.01, 0.99, 0.1  # η_amp, what a step keeps of an anchor, its largest value
 AMPLIFICATION = 1.0  # λ: the updates of what feeds a flagged unit count 1 + λ times
-SURPRISE = 4.0  # λ: the loss of a surprise that recurs counts 1 + λ times
+SURPRISE = 2.0  # λ: the loss of a surprise counts 1 + λ times when it recurs
 PROTECTION = 1.0  # s: what feeds the most important unit learns 1 + s times more slowly
 RE_ENCODED = 64  # entries that pass at once when the replay point moves
 
@@ -258,7 +258,7 @@ class Genesis:
         self._surprising = surprising(each.detach())
         if blocked is not None:
             self._surprising &= ~blocked
-        weights = 1 + SURPRISE * (self._surprising & self.surprises.seen(x))
+        weights = 1 + SURPRISE * (self._surprising & self.surprises.seen_once(x))
         return (weights * each).sum() / weights.sum()
 
     def _rehearsal(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor, Tensor]:
