@@ -1,0 +1,271 @@
+"""What matters to what has been learned is locked, and never moves again (seed 001).
+
+    block ablation        importance of a block = L(its 64 weights at 10%) − L
+    single ablation       importance of a weight = L(it is 0) − L
+    coalitions            of weak weights, in random groups G:  synergistic when L(all of G 0) − L ≥ 1.5 · Σ importances
+
+A weight is locked when it is important by itself, or in several synergistic coalitions; at least `minimum` of them and
+at most `budget` a task. Ablations are evaluated together, as populations are.
+
+Locked weights do not move under a gradient optimizer either: `lock_gradients` for any, `lock_updates` for MuonAdamW.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.sgm.population import Population
+
+BLOCK = 64
+ATTENUATION = 0.1
+SYNERGY = 1.5
+
+
+@dataclass(frozen=True)
+class LockOptions:
+    """How much of what is locked.
+
+    Args:
+        unit: "block" of 64 weights of one parameter (the last of each may be smaller), or single "weight"s.
+        candidates: units that are ablated, those with the largest |change| · scale⁻¹ first; weights that never moved
+            since the reference are candidates too, after them.
+        threshold: increase of the loss, as a share of the loss, from which a unit is important by itself.
+        minimum, budget: shares of all weights that a task locks at least and at most, 0 ≤ minimum ≤ budget ≤ 1.
+        groups: random coalitions that are tried; 0 for none.
+        group_size: units in a coalition.
+        memberships: synergistic coalitions that a unit has to be in.
+
+    Raises:
+        ValueError: for an argument out of range.
+    """
+
+    unit: str = "block"
+    candidates: int = 256
+    threshold: float = 0.01
+    minimum: float = 0.001
+    budget: float = 0.01
+    groups: int = 32
+    group_size: int = 8
+    memberships: int = 2
+
+    def __post_init__(self) -> None:
+        for name, accepts, accepted in (
+            ("unit", lambda v: v in ("block", "weight"), "block or weight"),
+            ("candidates", lambda v: isinstance(v, int) and v >= 1, "an integer ≥ 1"),
+            ("threshold", lambda v: v >= 0, "a number ≥ 0"),
+            ("budget", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+            ("minimum", lambda v: 0 <= v <= self.budget, "a number from 0 to the budget"),
+            ("groups", lambda v: isinstance(v, int) and v >= 0, "an integer ≥ 0"),
+            ("group_size", lambda v: isinstance(v, int) and v >= 2, "an integer ≥ 2"),
+            ("memberships", lambda v: isinstance(v, int) and v >= 1, "an integer ≥ 1"),
+        ):
+            if not accepts(value := getattr(self, name)):
+                raise ValueError(f"{name}={value!r}: accepted is {accepted}")
+
+
+class Units:
+    """The weights cut into what is locked as one: blocks of 64 inside each parameter, or single weights.
+
+    Attributes:
+        first, last: [U] int64, each unit's weights are first ≤ i < last.
+    """
+
+    def __init__(self, population: Population, unit: str = "block"):
+        length = BLOCK if unit == "block" else 1
+        starts, ends = [], []
+        for span in population.spans.values():
+            starts.append(torch.arange(span.start, span.stop, length))
+            ends.append((starts[-1] + length).clamp(max=span.stop))
+        self.first, self.last = (torch.cat(each).to(population.device) for each in (starts, ends))
+        self.of_weight = torch.repeat_interleave(
+            torch.arange(len(self.first), device=population.device), self.last - self.first
+        )
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def mask(self, chosen: Tensor) -> Tensor:
+        """Units chosen, by index → their weights [N] bool."""
+        units = torch.zeros(len(self), dtype=torch.bool, device=self.first.device)
+        units[chosen] = True
+        return units[self.of_weight]
+
+    def largest(self, weights: Tensor) -> Tensor:
+        """The largest value [U] of weights [N] in each unit."""
+        found = torch.zeros(len(self), device=weights.device, dtype=weights.dtype)
+        return found.scatter_reduce(0, self.of_weight, weights, "amax", include_self=False)
+
+
+def ablations(population: Population, values: Tensor, units: Units, groups: Tensor, *batch, factor: float) -> Tensor:
+    """Mean loss of a batch with each group of units multiplied by `factor`: groups [G, S] of unit indices → [G].
+
+    Groups may have less than S units: their rows are filled up with −1.
+    """
+    losses = []
+    for part in groups.split(max(1, 16_000_000 // population.size)):
+        versions = values.expand(len(part), -1).clone()
+        touched = torch.zeros(len(part), len(units) + 1, dtype=torch.bool, device=values.device)
+        touched.scatter_(1, torch.where(part < 0, len(units), part), True)
+        versions[touched[:, :-1][:, units.of_weight]] *= factor
+        losses.append(population.losses(versions, *batch).mean(1))
+    return torch.cat(losses)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What ablation found: the weights to lock, and why.
+
+    weights: [N] bool; important, credited: units that matter by themselves, and by coalitions alone; filled: units
+    added to come to the minimum; evaluations: of a version.
+    """
+
+    weights: Tensor
+    important: int
+    credited: int
+    filled: int
+    evaluations: int
+
+
+def find_important(
+    population: Population,
+    values: Tensor,
+    *batch,
+    locked: Tensor,
+    reference: Tensor | None = None,
+    scale: Tensor | None = None,
+    options: LockOptions | None = None,
+    generator: torch.Generator | None = None,
+) -> Found:
+    """Which of the free weights matter to a batch.
+
+    Args:
+        values: [N], the weights after the batch has been learned.
+        batch: for the population's loss.
+        locked: [N] bool, what is locked already.
+        reference: [N], the weights before; units that changed most are ablated first. Largest |values| first when None.
+        scale: [N], what changes are measured in; 1 when None.
+        generator: of random coalitions.
+    """
+    options = options or LockOptions()
+    units = Units(population, options.unit)
+    change = (values - reference if reference is not None else values).abs()
+    change = torch.where(locked, -1.0, change if scale is None else change / scale)
+    size = units.largest(change)
+    candidates = size.argsort(descending=True, stable=True)[: options.candidates]
+    candidates = candidates[size[candidates] >= 0]
+    nothing = Found(torch.zeros_like(locked), 0, 0, 0, 1)
+    if not len(candidates):
+        return nothing
+    base = population.losses(values.unsqueeze(0), *batch).mean()
+    factor = ATTENUATION if options.unit == "block" else 0.0
+    impact = ablations(population, values, units, candidates.unsqueeze(1), *batch, factor=factor) - base
+    evaluations = 1 + len(candidates)
+    important = impact > options.threshold * base.clamp_min(torch.finfo(torch.float32).tiny)
+
+    credit = torch.zeros_like(impact)
+    weak = (~important).nonzero().flatten()
+    if options.groups and len(weak) >= options.group_size:
+        members = _random_groups(len(weak), options.groups, options.group_size, generator, weak.device)
+        together = ablations(population, values, units, candidates[weak][members], *batch, factor=factor) - base
+        evaluations += len(members)
+        alone = impact[weak][members].clamp_min(0).sum(1)
+        # A group has to hurt by itself: of nothing, anything is one and a half times as much.
+        synergistic = (together >= SYNERGY * alone) & (together > options.threshold * base)
+        credit[weak] = torch.zeros(len(weak), device=weak.device).index_add(
+            0, members[synergistic].flatten(), torch.ones(int(synergistic.sum()) * members.shape[1], device=weak.device)
+        )
+    credited = ~important & (credit >= options.memberships)
+
+    # In the order of their worth: by themselves, by coalitions, and then as much as the minimum asks for.
+    order = torch.argsort(impact + credit * 1e-9 + important * 2e9 + credited * 1e9, descending=True, stable=True)
+    sizes = (units.last - units.first)[candidates[order]].cumsum(0)
+    wanted = (important | credited)[order] | (sizes <= round(options.minimum * population.size))
+    wanted &= sizes <= max(round(options.budget * population.size), int(sizes[0]) if options.budget else 0)
+    chosen = candidates[order][wanted]
+    mask = units.mask(chosen) & ~locked
+    kept = order[wanted]
+    return Found(
+        mask,
+        int(important[kept].sum()),
+        int(credited[kept].sum()),
+        int((~(important | credited))[kept].sum()),
+        evaluations,
+    )
+
+
+def _random_groups(count: int, groups: int, size: int, generator: torch.Generator | None, device) -> Tensor:
+    """[groups, size] indices below count, different ones in each group."""
+    noise = torch.rand(groups, count, generator=generator, device=generator.device if generator else device)
+    return noise.argsort(1)[:, :size].to(device)
+
+
+def anchors(module: nn.Module, population: Population) -> Tensor:
+    """Coordinate anchoring: [N] bool, the weights of embeddings and norms, to be locked before the first task."""
+    mask = torch.zeros(population.size, dtype=torch.bool, device=population.device)
+    for prefix, part in module.named_modules():
+        if isinstance(part, nn.Embedding) or "norm" in type(part).__name__.lower():
+            for name, _ in part.named_parameters(recurse=False):
+                if (full := f"{prefix}.{name}" if prefix else name) in population.spans:
+                    mask[population.spans[full]] = True
+    return mask
+
+
+def digest(values: Tensor, mask: Tensor) -> str:
+    """SHA-256 of the masked weights: which they are, and their bits."""
+    indices = mask.nonzero().flatten().cpu()
+    found = hashlib.sha256(indices.numpy().tobytes())
+    found.update(values.detach().cpu()[indices].contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def lock_gradients(module: nn.Module, locked: dict[str, Tensor]) -> Callable[[], None]:
+    """Keep locked weights of a module from moving under any gradient optimizer → a function that unlocks them.
+
+    Gradients of locked weights are 0, and after `optimizer.step()` they are put back to the bit: momentum and weight
+    decay move a weight without a gradient. Works by hooks on the parameters and on `torch.optim.Optimizer`.
+
+    Args:
+        locked: [shape of the parameter] bool by name; see `by_parameter`.
+    """
+    handles, kept = [], []
+    for name, p in module.named_parameters():
+        if name not in locked or not locked[name].any():
+            continue
+        mask = locked[name].to(p.device)
+        kept.append((p, mask, p.detach()[mask].clone()))
+        if p.requires_grad:
+            handles.append(p.register_hook(lambda gradient, mask=mask: gradient.masked_fill(mask, 0)))
+
+    def put_back(*_) -> None:
+        with torch.no_grad():
+            for p, mask, values in kept:
+                p[mask] = values
+
+    handles.append(torch.optim.optimizer.register_optimizer_step_post_hook(put_back))
+
+    def unlock() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return unlock
+
+
+def lock_updates(optimizer, locked: dict[str, Tensor]) -> None:
+    """Keep locked weights from moving under `MuonAdamW`: their updates are 0, inside its captured step too.
+
+    Petals that set (docs/petals.md) slow down or stop whole petals; a lock stops single weights, whatever their petal's
+    status says. Call it anew after the optimizer has been rebuilt.
+    """
+    mask = torch.ones_like(optimizer.values)
+    for name, (span, _) in optimizer.views.items():
+        if name in locked:
+            mask[span] = (~locked[name]).to(mask).reshape(-1)
+    optimizer.modifiers.append(lambda updates: updates.mul_(mask))
+
+
+def by_parameter(population: Population, mask: Tensor) -> dict[str, Tensor]:
+    """A mask [N] by parameter, in their shapes."""
+    return {name: mask[span].view(population.shapes[name]) for name, span in population.spans.items()}
