@@ -5,21 +5,24 @@ r"""Generate text from a checkpoint.
     python generate.py checkpoints/last_model_curriculum.safetensors --prompt-file story.txt --max-bytes 2000 --seed 7
     cat story.txt | python generate.py best_model_curriculum.safetensors --batch 3 --top-p 0.9
     python generate.py best_model_curriculum.safetensors --prompt "Dear" --policy names.toml --gate-log gate_log.jsonl
+    python generate.py best_model_curriculum.safetensors --chat --memory memory.db
 
 The continuation goes to stdout as UTF-8, each character as soon as it is certain; everything else goes to stderr. With
 --batch, samples are printed one after the other: the first as it comes, each later one as soon as the one before
-it is complete. Exit codes: 0 done (also when the reader of stdout goes away), 1 the output
-cannot be written or the model's numbers are not finite, 2 a bad argument or a missing or damaged file, 130 Ctrl-C.
+it is complete. With --chat every line of stdin is answered, and Ctrl-C ends an answer. Exit codes: 0 done (also when
+the reader of stdout goes away), 1 the output cannot be written or the model's numbers are not finite, 2 a bad
+argument or a missing or damaged file, 130 Ctrl-C.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from model.cli import Parser
@@ -98,6 +101,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads stdin, byte for byte")
     prompt.add_argument("--prompt-file", metavar="FILE", help="file to continue, byte for byte")
 
+    add = parser.add_argument_group("chat").add_argument
+    add(
+        "--chat", action="store_true",
+        help="answer line after line, in one conversation; /help lists what else it understands; a prompt comes before "
+        "it, and --max-bytes and --stop are those of a reply",
+    )  # fmt: skip
+    add("--memory", metavar="FILE", help="what --chat remembers and goes by, for good; made when missing")
+
     add = parser.add_argument_group("what is generated").add_argument
     add("--max-bytes", type=integer(1), default=400, metavar="N", help="bytes per sample, at most (default 400)")
     add(
@@ -138,7 +149,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA when there is one (default)")
     add("--threads", type=integer(1, 1024), metavar="N", help="CPU threads (default: PyTorch's choice)")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.memory is not None and not options.chat:
+        parser.error(f"--memory {options.memory!r}: accepted with --chat only")
+    if options.chat and options.batch != 1:
+        parser.error(f"--batch {options.batch}: accepted with --chat is 1")
+    if options.chat and options.prompt == "-":
+        parser.error("--prompt -: accepted with --chat is a text, for stdin is what is answered")
+    return options
 
 
 def read_prompt(options: argparse.Namespace) -> bytes:
@@ -150,7 +168,7 @@ def read_prompt(options: argparse.Namespace) -> bytes:
             fail(f"--prompt-file {options.prompt_file!r}: {error.strerror}; accepted is a readable file", 2)
     if options.prompt is not None and options.prompt != "-":
         return os.fsencode(options.prompt)
-    if options.prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+    if options.prompt is None and (options.chat or sys.stdin is None or sys.stdin.isatty()):
         return b""
     return sys.stdin.buffer.read()
 
@@ -254,33 +272,97 @@ def run(options: argparse.Namespace) -> None:
     model, path = load(options)
     classifier = load_classifier(options, model, path)
     from model.genesis.gate.byte_gate import GateLog
-    from model.inference.generate import generate
 
     log = log or GateLog(path.parent / "gate_log.jsonl", with_text=options.log_text)
-    seed = secrets.randbits(32) if options.seed is None else options.seed
-    started = time.perf_counter()
+    settings = {
+        "max_bytes": options.max_bytes, "temperature": options.temperature, "top_k": options.top_k,
+        "top_p": options.top_p, "seed": secrets.randbits(32) if options.seed is None else options.seed,
+        "stop": options.stop, "thinking_steps": options.thinking_steps, "halt_threshold": options.halt,
+        "any_bytes": options.any_bytes, "policy": policy, "log": log, "classifier": classifier,
+        "classifier_mode": "block" if options.classifier == "block" else "lower",
+    }  # fmt: skip
     try:
-        pieces = generate(
-            model, prompt, max_bytes=options.max_bytes, temperature=options.temperature, top_k=options.top_k,
-            top_p=options.top_p, seed=seed, stop=options.stop, batch=options.batch,
-            thinking_steps=options.thinking_steps, halt_threshold=options.halt, any_bytes=options.any_bytes,
-            policy=policy, log=log, classifier=classifier,
-            classifier_mode="block" if options.classifier == "block" else "lower",
-        )  # fmt: skip
-        read = time.perf_counter()
-        generated, blocked = print_in_order(pieces, options.batch, prompt)
+        (hold_chat if options.chat else continue_prompt)(options, model, prompt, settings)
     except FloatingPointError as error:
         fail(f"checkpoint {options.checkpoint}: {error}", 1)
+    if log.failure and options.gate_log:
+        fail(f"--gate-log {options.gate_log!r}: {log.failure.strerror}; not all interventions are in it", 1)
+
+
+def continue_prompt(options: argparse.Namespace, model, prompt: bytes, settings: dict) -> None:
+    from model.inference.generate import generate
+
+    started = time.perf_counter()
+    pieces = generate(model, prompt, batch=options.batch, **settings)
+    read = time.perf_counter()
+    generated, blocked = print_in_order(pieces, options.batch, prompt)
     reading, writing = max(read - started, 1e-9), max(time.perf_counter() - read, 1e-9)
     # On a terminal the text has ended its line; in a pipe or file stdout holds the text and nothing else.
     print(
         f"generated {generated:,} bytes at {generated / writing:,.0f} bytes/s; "
-        f"prompt {len(prompt):,} bytes at {len(prompt) / reading:,.0f} bytes/s; seed {seed}"
-        f"{interventions(log)}" + (f"; ended by the classifier: {blocked} of {options.batch}" if blocked else ""),
+        f"prompt {len(prompt):,} bytes at {len(prompt) / reading:,.0f} bytes/s; seed {settings['seed']}"
+        f"{interventions(settings['log'])}"
+        + (f"; ended by the classifier: {blocked} of {options.batch}" if blocked else ""),
         file=sys.stderr,
     )
-    if log.failure and options.gate_log:
-        fail(f"--gate-log {options.gate_log!r}: {log.failure.strerror}; not all interventions are in it", 1)
+
+
+def hold_chat(options: argparse.Namespace, model, preamble: bytes, settings: dict) -> None:
+    from model.inference.chat import Chat, Conversation
+
+    conversation = Conversation(model, preamble=preamble, **settings)
+    with contextlib.ExitStack() as opened:
+        memory = open_memory(options.memory, opened) if options.memory is not None else None
+        Chat(conversation, line_reader(), write, lambda text: print(text, file=sys.stderr, flush=True), memory).run()
+    print(
+        f"{conversation.replies:,} replies, {conversation.generated:,} bytes; seed {settings['seed']}"
+        f"{interventions(settings['log'])}",
+        file=sys.stderr,
+    )
+
+
+def open_memory(file: str, opened: contextlib.ExitStack):
+    """The memory with its router, which is trained where there is none beside it yet; `opened` closes it."""
+    from model.sgm.memory import ExternalMemory
+    from model.sgm.router import MemoryRouter, RoutedMemory
+
+    beside = Path(f"{file}.router.safetensors")
+    try:
+        memory = opened.enter_context(ExternalMemory(file))
+        if not beside.exists():
+            print(f"training the memory's router, once, for some seconds: {beside}", file=sys.stderr, flush=True)
+        return RoutedMemory(memory, MemoryRouter.load_or_train(beside))
+    except (ValueError, OSError) as error:
+        fail(f"--memory {file!r}: {error}", 2)
+
+
+def line_reader() -> Callable[[], str]:
+    """How --chat reads its lines: with editing and history on a terminal, as they are from elsewhere."""
+    if sys.stdin is None or not (sys.stdin.isatty() and sys.stdout.isatty()):
+
+        def read() -> str:
+            line = b"" if sys.stdin is None else sys.stdin.buffer.readline()
+            if not line:
+                raise EOFError
+            return line.decode("utf-8", "surrogateescape").removesuffix("\n").removesuffix("\r")
+
+        return read
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (input() uses it once it is there)
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+    def edit() -> str:
+        while True:
+            try:
+                return input("> ")
+            except KeyboardInterrupt:
+                print()  # as in a shell: the line is dropped
+            except EOFError:
+                print()
+                raise
+
+    return edit
 
 
 def interventions(log) -> str:

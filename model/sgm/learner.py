@@ -1,9 +1,9 @@
 """Learning without gradients: a population of mutations of the free weights, kept only when better (seed 001).
 
-    ε_k = scale · noise on the free weights, θ ± σ ε_k evaluated together        K antithetic pairs
-    d_k = (L(θ + σ ε_k) − L(θ − σ ε_k)) / 2
-    g ← β g + (1 − β) Σ d_k ε_k / max |d|                                       what the whole population says
-    θ − s η g / ‖g‖ evaluated together, s in 1/2, 1, 2, 4                        steps along it
+    ε_k = scale · noise on the free weights, θ + σ ε_k evaluated together
+    d_k = L(θ + σ ε_k) − mean over k         or (L(θ + σ ε_k) − L(θ − σ ε_k)) / 2 of antithetic pairs
+    g ← β g + (1 − β) Σ d_k ε_k / max |d|    what the whole population says
+    θ − s η g / ‖g‖ evaluated together, s in 1/2, 1, 2, 4
     θ ← the best of all these, if it is better than θ
 
 The first and last line alone are the (1 + λ) evolution strategy; the two between take the others' losses too, as
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.sgm.population import Population
+from model.sgm.population import Population, Selection
 
 STEPS = (0.5, 1.0, 2.0, 4.0)  # s, in units of η
 _PACE = (0.6, 0.9, 1.3, 1.8)  # what η is multiplied by when each of them was the best
@@ -36,7 +36,7 @@ class LearnerOptions:
         population: evaluations of a generation, ≥ 8.
         perturbation: "low-rank" or "dense".
         rank: outer products of a matrix's low-rank mutation.
-        antithetic: mutations in pairs of opposite signs.
+        antithetic: mutations in pairs of opposite signs; half as many directions.
         recombine: steps along the population's estimate; without, the best mutation alone counts.
         momentum: β of the estimate, in [0, 1).
         sigma: first size of mutations, in units of each weight's scale.
@@ -49,7 +49,7 @@ class LearnerOptions:
     population: int = 32
     perturbation: str = "low-rank"
     rank: int = 1
-    antithetic: bool = True
+    antithetic: bool = False
     recombine: bool = True
     momentum: float = 0.8
     sigma: float = 0.05
@@ -83,36 +83,59 @@ class Learned:
 
 
 class Mutations:
-    """Random directions [K, N] on the free weights."""
+    """Random directions [K, M] on the free weights of some parameters.
 
-    def __init__(self, population: Population, options: LearnerOptions, generator: torch.Generator):
+    Args:
+        free: [N] bool.
+        within: by name of a matrix, pieces (rows, basis [k, inputs]): the rows move within the span of the basis alone.
+            See `model.sgm.directions`.
+    """
+
+    def __init__(
+        self,
+        population: Population,
+        options: LearnerOptions,
+        generator: torch.Generator,
+        free: Tensor,
+        within: dict[str, list[tuple[slice, Tensor]]] | None = None,
+    ):
         self.population, self.options, self.generator = population, options, generator
-        self.scale = torch.empty(population.size, device=population.device)
-        for name, span in population.spans.items():
-            shape = population.shapes[name]
-            self.scale[span] = shape[1:].numel() ** -0.5 if len(shape) > 1 else VECTOR_SCALE
+        self.within = within or {}
+        self.selection = population.select(free)
+        self.free = self.selection.take(free)
+        self.scale = self.selection.take(scales(population))
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, device=self.population.device)
 
-    def draw(self, count: int, free: Tensor) -> Tensor:
-        """count directions of scale 1 a weight; 0 where free [N] bool is not, which costs nothing for whole parameters."""
-        drawn = torch.zeros(count, self.population.size, device=self.population.device)
-        for name, span in self.population.spans.items():
-            if not free[span].any():
-                continue
+    def draw(self, count: int) -> Tensor:
+        """count directions of scale 1 a weight [count, M]; 0 where a weight is not free."""
+        drawn = torch.empty(count, self.selection.size, device=self.population.device)
+        for name, span in self.selection.spans.items():
             shape = self.population.shapes[name]
             rows, columns = (shape[0], shape[1:].numel()) if len(shape) > 1 else (1, shape.numel())
-            if self.options.perturbation == "dense" or min(rows, columns) <= self.options.rank:
-                noise = self._normal(count, rows * columns)
+            rank = self.options.rank
+            if name in self.within:
+                noise = torch.zeros(count, rows, columns, device=drawn.device)
+                for part, basis in self.within[name]:
+                    if len(basis):
+                        inputs = self._normal(count, rank, len(basis)) @ (basis * (columns / len(basis)) ** 0.5)
+                        noise[:, part] = self._normal(count, part.stop - part.start, rank) @ inputs * rank**-0.5
+            elif self.options.perturbation == "dense" or min(rows, columns) <= rank:
+                noise = self._normal(count, rows, columns)
             else:
-                left, right = (
-                    self._normal(count, rows, self.options.rank),
-                    self._normal(count, self.options.rank, columns),
-                )
-                noise = (left @ right).flatten(1) * self.options.rank**-0.5
-            drawn[:, span] = noise
-        return drawn.mul_(self.scale * free)
+                noise = self._normal(count, rows, rank) @ self._normal(count, rank, columns) * rank**-0.5
+            drawn[:, span] = noise.flatten(1)
+        return drawn.mul_(self.scale * self.free)
+
+
+def scales(population: Population) -> Tensor:
+    """[N], what a mutation of size 1 is for each weight: 1/√(inputs) of a matrix, a tenth of anything else."""
+    found = torch.empty(population.size, device=population.device)
+    for name, span in population.spans.items():
+        shape = population.shapes[name]
+        found[span] = shape[1:].numel() ** -0.5 if len(shape) > 1 else VECTOR_SCALE
+    return found
 
 
 class Learner:
@@ -120,9 +143,8 @@ class Learner:
 
     Args:
         population: the module and its loss.
-        locked: [N] bool, weights that never move; none when None. May be replaced between calls.
-        keep: called with versions [P, N], returns them as they would be kept (a float16 store rounds); what is
-            evaluated is what is kept.
+        locked: [N] bool, weights that never move; none when None. May be changed between calls.
+        keep: called with weights of any shape, returns each as it would be kept (a float16 store rounds).
         seed: of the mutations.
 
     Attributes:
@@ -141,20 +163,11 @@ class Learner:
     ):
         self.population, self.options, self.keep = population, options or LearnerOptions(), keep
         self.generator = torch.Generator(population.device).manual_seed(seed)
-        self.mutations = Mutations(population, self.options, self.generator)
-        self.values = keep(population.values().unsqueeze(0))[0]
+        self.values = keep(population.values())
         self.locked = torch.zeros(population.size, dtype=torch.bool, device=population.device)
         if locked is not None:
             self.locked |= locked
-        self.estimate = torch.zeros_like(self.values)  # g
-        self.sigma = self.options.sigma
-        self.step = self.options.sigma  # η
         self.generations = self.evaluations = 0
-
-    def forget_estimate(self) -> None:
-        """Begin anew with the estimate and the sizes: another task begins."""
-        self.estimate.zero_()
-        self.sigma = self.step = self.options.sigma
 
     def learn(
         self,
@@ -162,7 +175,8 @@ class Learner:
         evaluations: int,
         target: float = 0.0,
         free: Tensor | None = None,
-        guard: Callable[[Tensor], Tensor] | None = None,
+        within: dict[str, list[tuple[slice, Tensor]]] | None = None,
+        guard: Callable[[Tensor, Selection], Tensor] | None = None,
         on_accept: Callable[[], None] = lambda: None,
     ) -> Learned:
         """Lower the mean loss of a batch.
@@ -171,20 +185,23 @@ class Learner:
             batch: for the population's loss.
             evaluations: of a version, at most; the generation that passes it is finished.
             target: stop at this loss.
-            free: [N] bool, weights that may move beside the locked ones' bar; all when None.
-            guard: called with versions [k, N] that are better → [k] bool, which of them may be taken.
+            free: [N] bool, weights that may move if they are not locked; all when None.
+            within: see `Mutations`.
+            guard: called with versions [k, M] of a selection that are better → [k] bool, which of them may be taken.
             on_accept: called after every change of `values`.
         """
         free = ~self.locked if free is None else free & ~self.locked
         best = before = self.population.losses(self.values.unsqueeze(0), *batch).mean().item()
-        first = self.evaluations
         self.evaluations += 1
-        generations = accepted = refused = 0
         if not free.any():
             return Learned(before, before, 1, 0, 0, 0)
+        search = _Search(self, Mutations(self.population, self.options, self.generator, free, within), batch, guard)
+        first = self.evaluations - 1
+        generations = accepted = refused = 0
         while best > target and self.evaluations - first < evaluations:
             generations += 1
-            found, loss, turned_down = self._generation(batch, best, free, guard)
+            found, loss, turned_down = search.generation(best)
+            self.generations += 1
             refused += turned_down
             if found is not None:
                 self.values, best = found, loss
@@ -192,91 +209,10 @@ class Learner:
                 on_accept()
         return Learned(before, best, self.evaluations - first, generations, accepted, refused)
 
-    def _generation(
-        self, batch: tuple, best: float, free: Tensor, guard: Callable[[Tensor], Tensor] | None
-    ) -> tuple[Tensor | None, float, bool]:
-        """One population → the weights to be taken, or None; their loss; whether the guard turned something down."""
-        options = self.options
-        count = options.population - (len(STEPS) if options.recombine else 0)
-        if options.antithetic:
-            noise = self.mutations.draw(count // 2, free)
-            noise = torch.cat([noise, -noise])
-        else:
-            noise = self.mutations.draw(count, free)
-        candidates = self._kept(self.values + self.sigma * noise, free)
-        losses = self.population.losses(candidates, *batch).mean(1)
-        mutated = len(candidates)
-        if options.recombine:
-            self._estimate(noise, losses)
-            steps = self._kept(self.values - self.step * self._steps(free), free)
-            candidates = torch.cat([candidates, steps])
-            losses = torch.cat([losses, self.population.losses(steps, *batch).mean(1)])
-        self.generations += 1
-        self.evaluations += len(candidates)
-        chosen, refused = self._choose(candidates, losses, best, guard)
-        self._adapt(chosen, mutated, (losses[:mutated] < best).float().mean().item())
-        if chosen is None:
-            return None, best, refused
-        return candidates[chosen].clone(), losses[chosen].item(), refused
-
-    def _kept(self, versions: Tensor, free: Tensor) -> Tensor:
-        """As they would be kept; what is not free is the same to the bit."""
-        return torch.where(free, self.keep(versions), self.values)
-
-    def _estimate(self, noise: Tensor, losses: Tensor) -> None:
-        """Take a generation's losses into the estimate of the gradient's direction."""
-        losses = torch.where(
-            losses.isfinite(), losses, losses[losses.isfinite()].max() if losses.isfinite().any() else 0
-        )
-        if self.options.antithetic:
-            half = len(noise) // 2
-            noise, weights = noise[:half], (losses[:half] - losses[half:]) / 2
-        else:
-            weights = losses - losses.mean()
-        said = weights @ noise / weights.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        self.estimate.lerp_(said, 1 - self.options.momentum)
-
-    def _steps(self, free: Tensor) -> Tensor:
-        """The steps [4, N] along the estimate for η = 1: sized as a mutation of σ = 1 is."""
-        direction = self.estimate * free
-        size = (direction / self.mutations.scale).square().sum().div(free.sum()).sqrt()
-        direction = direction / size.clamp_min(torch.finfo(torch.float32).tiny)
-        return direction * torch.tensor(STEPS, device=direction.device).unsqueeze(1)
-
-    def _choose(
-        self, candidates: Tensor, losses: Tensor, best: float, guard: Callable[[Tensor], Tensor] | None
-    ) -> tuple[int | None, bool]:
-        """The best candidate that the guard lets pass, of those better than now; whether it turned one down."""
-        order = losses.argsort()[: len(STEPS)]
-        order = order[losses[order] < best]
-        if not len(order):
-            return None, False
-        if guard is None:
-            return order[0].item(), False
-        allowed = guard(candidates[order])
-        return (order[allowed][0].item() if allowed.any() else None), not bool(allowed[0])
-
-    def _adapt(self, chosen: int | None, mutated: int, improved: float) -> None:
-        """Sizes of the next generation. Without recombination by the share that improved, as the 1/5 rule has it."""
-        options = self.options
-        if not options.recombine:
-            factor = 1.15 if improved > 0.2 else 0.95 if improved < 0.05 else 1.0
-            self.sigma *= factor
-        else:
-            if chosen is None:
-                self.step *= 0.6
-            elif chosen >= mutated:
-                self.step *= _PACE[chosen - mutated]
-            self.step = min(max(self.step, options.sigma_min / 5), 2 * options.sigma_max)
-            self.sigma = self.step
-        self.sigma = min(max(self.sigma, options.sigma_min), options.sigma_max)
-
     def state(self) -> dict[str, Any]:
-        """Everything but the weights and the estimate, as JSON knows it."""
+        """Everything but the weights and the locks, as JSON knows it."""
         return {
             "options": asdict(self.options),
-            "sigma": self.sigma,
-            "step": self.step,
             "generations": self.generations,
             "evaluations": self.evaluations,
             "random": self.generator.get_state().tolist(),
@@ -289,6 +225,91 @@ class Learner:
             raise ValueError(
                 f"options={asdict(self.options)}: accepted are those that learned so far, {state['options']}"
             )
-        self.sigma, self.step = state["sigma"], state["step"]
         self.generations, self.evaluations = state["generations"], state["evaluations"]
         self.generator.set_state(torch.tensor(state["random"], dtype=torch.uint8))
+
+
+class _Search:
+    """One call of `learn`: the estimate and the sizes of its mutations."""
+
+    def __init__(self, learner: Learner, mutations: Mutations, batch: tuple, guard: Callable | None):
+        self.learner, self.mutations, self.batch, self.guard = learner, mutations, batch, guard
+        self.options, self.selection = learner.options, mutations.selection
+        self.estimate = torch.zeros(self.selection.size, device=learner.values.device)  # g
+        self.sigma = self.step = self.options.sigma  # σ and η
+
+    def generation(self, best: float) -> tuple[Tensor | None, float, bool]:
+        """One population → the weights [N] to be taken, or None; their loss; whether the guard turned one down."""
+        options, now = self.options, self.selection.take(self.learner.values)
+        count = options.population - (len(STEPS) if options.recombine else 0)
+        if options.antithetic:
+            noise = self.mutations.draw(count // 2)
+            noise = torch.cat([noise, -noise])
+        else:
+            noise = self.mutations.draw(count)
+        candidates = self._kept(now + self.sigma * noise)
+        losses = self._losses(candidates)
+        mutated = len(candidates)
+        if options.recombine:
+            self._take_in(noise, losses)
+            steps = self._kept(now - self.step * self._steps())
+            candidates = torch.cat([candidates, steps])
+            losses = torch.cat([losses, self._losses(steps)])
+        chosen, refused = self._choose(candidates, losses, best)
+        self._adapt(chosen, mutated, (losses[:mutated] < best).float().mean().item())
+        if chosen is None:
+            return None, best, refused
+        return self.selection.put(candidates[chosen], self.learner.values), losses[chosen].item(), refused
+
+    def _losses(self, versions: Tensor) -> Tensor:
+        learner = self.learner
+        learner.evaluations += len(versions)
+        return learner.population.losses(versions, *self.batch, of=self.selection, base=learner.values).mean(1)
+
+    def _kept(self, versions: Tensor) -> Tensor:
+        """As they would be kept; what is not free is the same to the bit."""
+        return torch.where(self.mutations.free, self.learner.keep(versions), self.selection.take(self.learner.values))
+
+    def _take_in(self, noise: Tensor, losses: Tensor) -> None:
+        """Take a generation's losses into the estimate of the gradient's direction."""
+        finite = losses.isfinite()
+        losses = torch.where(finite, losses, losses[finite].max() if finite.any() else 0.0)
+        if self.options.antithetic:
+            half = len(noise) // 2
+            noise, weights = noise[:half], (losses[:half] - losses[half:]) / 2
+        else:
+            weights = losses - losses.mean()
+        said = weights @ noise / weights.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        self.estimate.lerp_(said, 1 - self.options.momentum)
+
+    def _steps(self) -> Tensor:
+        """The steps [4, M] along the estimate for η = 1: as large as a mutation of σ = 1 is."""
+        relative = self.estimate / self.mutations.scale
+        size = relative.square().sum().div(self.mutations.free.sum()).sqrt()
+        direction = self.estimate / size.clamp_min(torch.finfo(torch.float32).tiny)
+        return direction * torch.tensor(STEPS, device=direction.device).unsqueeze(1)
+
+    def _choose(self, candidates: Tensor, losses: Tensor, best: float) -> tuple[int | None, bool]:
+        """The best candidate that the guard lets pass, of those better than now; whether it turned one down."""
+        order = losses.argsort()[: len(STEPS)]
+        order = order[losses[order] < best]
+        if not len(order):
+            return None, False
+        if self.guard is None:
+            return order[0].item(), False
+        allowed = self.guard(candidates[order], self.selection)
+        return (order[allowed][0].item() if allowed.any() else None), not bool(allowed[0])
+
+    def _adapt(self, chosen: int | None, mutated: int, improved: float) -> None:
+        """Sizes of the next generation. Without recombination by the share that improved, as the 1/5 rule has it."""
+        options = self.options
+        if not options.recombine:
+            self.sigma *= 1.15 if improved > 0.2 else 0.95 if improved < 0.05 else 1.0
+        else:
+            if chosen is None:
+                self.step *= 0.6
+            elif chosen >= mutated:
+                self.step *= _PACE[chosen - mutated]
+            self.step = min(max(self.step, options.sigma_min / 5), 2 * options.sigma_max)
+            self.sigma = self.step
+        self.sigma = min(max(self.sigma, options.sigma_min), options.sigma_max)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.sgm.population import Population
+from model.sgm.population import AT_ONCE, Population, Selection
 
 BLOCK = 64
 ATTENUATION = 0.1
@@ -33,7 +33,8 @@ class LockOptions:
         candidates: units that are ablated, those with the largest |change| · scale⁻¹ first; weights that never moved
             since the reference are candidates too, after them.
         threshold: increase of the loss, as a share of the loss, from which a unit is important by itself.
-        minimum, budget: shares of all weights that a task locks at least and at most, 0 ≤ minimum ≤ budget ≤ 1.
+        minimum, budget: shares of all weights that a task locks at least and at most, 0 ≤ minimum ≤ budget ≤ 1, in
+            whole units: a budget over 0 is good for one. The budget goes before the minimum.
         groups: random coalitions that are tried; 0 for none.
         group_size: units in a coalition.
         memberships: synergistic coalitions that a unit has to be in.
@@ -69,27 +70,35 @@ class LockOptions:
 class Units:
     """The weights cut into what is locked as one: blocks of 64 inside each parameter, or single weights.
 
+    A block of a matrix is 64 outputs (the last block of a column may be smaller) of one input, see
+    `model.sgm.directions`; of anything else 64 weights in a row.
+
     Attributes:
-        first, last: [U] int64, each unit's weights are first ≤ i < last.
+        of_weight: [N] int64, each weight's unit.
+        sizes: [U] int64, their weights.
     """
 
     def __init__(self, population: Population, unit: str = "block"):
-        length = BLOCK if unit == "block" else 1
-        starts, ends = [], []
-        for span in population.spans.values():
-            starts.append(torch.arange(span.start, span.stop, length))
-            ends.append((starts[-1] + length).clamp(max=span.stop))
-        self.first, self.last = (torch.cat(each).to(population.device) for each in (starts, ends))
-        self.of_weight = torch.repeat_interleave(
-            torch.arange(len(self.first), device=population.device), self.last - self.first
-        )
+        found, count = [], 0
+        for shape in population.shapes.values():
+            if unit == "weight":
+                units = torch.arange(shape.numel())
+            elif len(shape) > 1:
+                columns = shape[1:].numel()
+                units = (torch.arange(shape[0]) // BLOCK * columns).unsqueeze(1) + torch.arange(columns)
+            else:
+                units = torch.arange(shape.numel()) // BLOCK
+            found.append(units.flatten() + count)
+            count = int(found[-1].max()) + 1 if units.numel() else count
+        self.of_weight = torch.cat(found).to(population.device)
+        self.sizes = torch.bincount(self.of_weight, minlength=count)
 
     def __len__(self) -> int:
-        return len(self.first)
+        return len(self.sizes)
 
     def mask(self, chosen: Tensor) -> Tensor:
         """Units chosen, by index → their weights [N] bool."""
-        units = torch.zeros(len(self), dtype=torch.bool, device=self.first.device)
+        units = torch.zeros(len(self), dtype=torch.bool, device=self.of_weight.device)
         units[chosen] = True
         return units[self.of_weight]
 
@@ -99,18 +108,21 @@ class Units:
         return found.scatter_reduce(0, self.of_weight, weights, "amax", include_self=False)
 
 
-def ablations(population: Population, values: Tensor, units: Units, groups: Tensor, *batch, factor: float) -> Tensor:
+def ablations(
+    population: Population, values: Tensor, units: Units, groups: Tensor, *batch, factor: float, of: Selection
+) -> Tensor:
     """Mean loss of a batch with each group of units multiplied by `factor`: groups [G, S] of unit indices → [G].
 
-    Groups may have less than S units: their rows are filled up with −1.
+    Args:
+        of: the parameters in which the units lie.
     """
     losses = []
-    for part in groups.split(max(1, 16_000_000 // population.size)):
-        versions = values.expand(len(part), -1).clone()
-        touched = torch.zeros(len(part), len(units) + 1, dtype=torch.bool, device=values.device)
-        touched.scatter_(1, torch.where(part < 0, len(units), part), True)
-        versions[touched[:, :-1][:, units.of_weight]] *= factor
-        losses.append(population.losses(versions, *batch).mean(1))
+    now, unit = of.take(values), of.take(units.of_weight)
+    for part in groups.split(max(1, AT_ONCE // of.size)):
+        touched = torch.zeros(len(part), len(units), dtype=torch.bool, device=values.device)
+        touched.scatter_(1, part, True)
+        versions = torch.where(touched[:, unit], now * factor, now)
+        losses.append(population.losses(versions, *batch, of=of, base=values).mean(1))
     return torch.cat(losses)
 
 
@@ -144,7 +156,7 @@ def find_important(
     Args:
         values: [N], the weights after the batch has been learned.
         batch: for the population's loss.
-        locked: [N] bool, what is locked already.
+        locked: [N] bool, what is locked already, or not looked at.
         reference: [N], the weights before; units that changed most are ablated first. Largest |values| first when None.
         scale: [N], what changes are measured in; 1 when None.
         generator: of random coalitions.
@@ -156,33 +168,38 @@ def find_important(
     size = units.largest(change)
     candidates = size.argsort(descending=True, stable=True)[: options.candidates]
     candidates = candidates[size[candidates] >= 0]
-    nothing = Found(torch.zeros_like(locked), 0, 0, 0, 1)
+    nothing = Found(torch.zeros_like(locked), 0, 0, 0, 0)
     if not len(candidates):
         return nothing
-    base = population.losses(values.unsqueeze(0), *batch).mean()
+    of = population.select(~locked)
+    base = population.losses(of.take(values).unsqueeze(0), *batch, of=of, base=values).mean()
     factor = ATTENUATION if options.unit == "block" else 0.0
-    impact = ablations(population, values, units, candidates.unsqueeze(1), *batch, factor=factor) - base
+    impact = ablations(population, values, units, candidates.unsqueeze(1), *batch, factor=factor, of=of) - base
     evaluations = 1 + len(candidates)
-    important = impact > options.threshold * base.clamp_min(torch.finfo(torch.float32).tiny)
+    least = options.threshold * base.clamp_min(torch.finfo(torch.float32).tiny)
+    important = impact > least
 
     credit = torch.zeros_like(impact)
     weak = (~important).nonzero().flatten()
     if options.groups and len(weak) >= options.group_size:
         members = _random_groups(len(weak), options.groups, options.group_size, generator, weak.device)
-        together = ablations(population, values, units, candidates[weak][members], *batch, factor=factor) - base
+        together = ablations(population, values, units, candidates[weak][members], *batch, factor=factor, of=of) - base
         evaluations += len(members)
         alone = impact[weak][members].clamp_min(0).sum(1)
         # A group has to hurt by itself: of nothing, anything is one and a half times as much.
-        synergistic = (together >= SYNERGY * alone) & (together > options.threshold * base)
+        synergistic = (together >= SYNERGY * alone) & (together > least)
         credit[weak] = torch.zeros(len(weak), device=weak.device).index_add(
             0, members[synergistic].flatten(), torch.ones(int(synergistic.sum()) * members.shape[1], device=weak.device)
         )
     credited = ~important & (credit >= options.memberships)
 
     # In the order of their worth: by themselves, by coalitions, and then as much as the minimum asks for.
-    order = torch.argsort(impact + credit * 1e-9 + important * 2e9 + credited * 1e9, descending=True, stable=True)
-    sizes = (units.last - units.first)[candidates[order]].cumsum(0)
-    wanted = (important | credited)[order] | (sizes <= round(options.minimum * population.size))
+    order = torch.arange(len(impact), device=impact.device)
+    for worth in (impact, credit * credited, important * 2 + credited * 1):  # the last decides, then those before it
+        order = order[worth[order].argsort(descending=True, stable=True)]
+    free = torch.bincount(units.of_weight[~locked], minlength=len(units))[candidates[order]]
+    sizes = free.cumsum(0)
+    wanted = (important | credited)[order] | (sizes - free < round(options.minimum * population.size))
     wanted &= sizes <= max(round(options.budget * population.size), int(sizes[0]) if options.budget else 0)
     chosen = candidates[order][wanted]
     mask = units.mask(chosen) & ~locked
@@ -205,11 +222,11 @@ def _random_groups(count: int, groups: int, size: int, generator: torch.Generato
 def anchors(module: nn.Module, population: Population) -> Tensor:
     """Coordinate anchoring: [N] bool, the weights of embeddings and norms, to be locked before the first task."""
     mask = torch.zeros(population.size, dtype=torch.bool, device=population.device)
-    for prefix, part in module.named_modules():
+    names = {p: name for name, p in module.named_parameters()}  # the first of each that is tied
+    for part in module.modules():
         if isinstance(part, nn.Embedding) or "norm" in type(part).__name__.lower():
-            for name, _ in part.named_parameters(recurse=False):
-                if (full := f"{prefix}.{name}" if prefix else name) in population.spans:
-                    mask[population.spans[full]] = True
+            for p in part.parameters(recurse=False):
+                mask[population.spans[names[p]]] = True
     return mask
 
 
@@ -253,17 +270,24 @@ def lock_gradients(module: nn.Module, locked: dict[str, Tensor]) -> Callable[[],
     return unlock
 
 
-def lock_updates(optimizer, locked: dict[str, Tensor]) -> None:
-    """Keep locked weights from moving under `MuonAdamW`: their updates are 0, inside its captured step too.
+def lock_updates(optimizer, locked: dict[str, Tensor]) -> Callable[[], None]:
+    """Keep locked weights from moving under `MuonAdamW` → a function that unlocks them.
+
+    Their updates are 0, inside its captured step too; locking and unlocking ask for a new capture.
 
     Petals that set (docs/petals.md) slow down or stop whole petals; a lock stops single weights, whatever their petal's
-    status says. Call it anew after the optimizer has been rebuilt.
+    status says. When the optimizer has been rebuilt, unlock and call it anew.
     """
-    mask = torch.ones_like(optimizer.values)
+    mask = torch.zeros_like(optimizer.values, dtype=torch.bool)
     for name, (span, _) in optimizer.views.items():
         if name in locked:
-            mask[span] = (~locked[name]).to(mask).reshape(-1)
-    optimizer.modifiers.append(lambda updates: updates.mul_(mask))
+            mask[span] = locked[name].to(mask.device).reshape(-1)
+
+    def modify(updates: Tensor) -> None:
+        updates.masked_fill_(mask, 0)  # not a product with 0, which keeps NaN and the sign: -0.0 would become 0.0
+
+    optimizer.modifiers.append(modify)
+    return lambda: optimizer.modifiers.remove(modify)
 
 
 def by_parameter(population: Population, mask: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 A version is one row of a matrix [P, N]: all parameters of the module, flat, in the order of `named_parameters`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +23,18 @@ def byte_losses(model: Callable[[Tensor], Tensor], x: Tensor, counts: Tensor | N
     losses = F.cross_entropy(model(x).flatten(0, 1), x.flatten().long(), reduction="none").view(x.shape)
     if counts is None:
         return losses.mean(1)
-    return (losses * counts).sum(1) / counts.sum(1).clamp_min(1)
+    return losses.masked_fill(~counts, 0).sum(1) / counts.sum(1).clamp_min(1)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    """The module in eval mode; every part of it is in its own mode again afterwards."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        yield module.eval()
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 class Population:
@@ -64,26 +76,70 @@ class Population:
         for name, p in self.module.named_parameters():
             p.copy_(values[self.spans[name]].view(p.shape))
 
-    def _parameters(self, versions: Tensor) -> dict[str, Tensor]:
-        return {name: versions[:, span].view(len(versions), *self.shapes[name]) for name, span in self.spans.items()}
+    def select(self, free: Tensor) -> "Selection":
+        """The parameters that have a weight with free [N] bool."""
+        return Selection(self, [name for name, span in self.spans.items() if free[span].any()])
 
     @torch.no_grad()
-    def losses(self, versions: Tensor, *batch: Any) -> Tensor:
-        """Losses of every row of a batch under every version: [P, N] → [P, B] float32; ∞ where one is not finite."""
-        if versions.dim() != 2 or versions.shape[1] != self.size:
-            raise ValueError(f"versions have shape {tuple(versions.shape)}: accepted is [P, {self.size}]")
-        module, buffers = self.module, dict(self.module.named_buffers())
-        training = module.training
-        module.eval()
+    def losses(
+        self, versions: Tensor, *batch: Any, of: "Selection | None" = None, base: Tensor | None = None
+    ) -> Tensor:
+        """Losses of every row of a batch under every version: [P, N] → [P, B] float32; ∞ where one is not finite.
+
+        Args:
+            of: versions are [P, M] of the selected parameters alone, the others as in base [N]. What does not depend
+                on the selected ones is computed once for all versions.
+        """
+        of = of or Selection(self, list(self.spans))
+        if versions.dim() != 2 or versions.shape[1] != of.size:
+            raise ValueError(f"versions have shape {tuple(versions.shape)}: accepted is [P, {of.size}]")
+        module, rest = self.module, dict(self.module.named_buffers())
+        if base is not None:
+            for name in self.spans.keys() - of.spans.keys():
+                rest[name] = base[self.spans[name]].view(self.shapes[name])
 
         def one(parameters: dict[str, Tensor]) -> Tensor:
-            return self.loss(lambda *args, **kw: functional_call(module, (parameters, buffers), args, kw), *batch)
+            return self.loss(lambda *args, **kw: functional_call(module, (parameters, rest), args, kw), *batch)
 
         found = []
         # PyTorch's fused attention on the CPU has no rule for many models at once, and would loop over them.
-        with sdpa_kernel(SDPBackend.MATH):
-            for part in versions.split(max(1, AT_ONCE // self.size)):
-                found.append(vmap(one, randomness="same")(self._parameters(part)).float())
-        module.train(training)
+        with evaluating(module), sdpa_kernel(SDPBackend.MATH):
+            for part in versions.split(max(1, AT_ONCE // of.size)):
+                found.append(vmap(one, randomness="same")(of.parameters(part)).float())
         losses = torch.cat(found)
         return torch.where(losses.isfinite(), losses, torch.inf)
+
+
+class Selection:
+    """Some of a population's parameters, as one shorter vector [M].
+
+    Attributes:
+        spans: of each selected parameter in the short vector, by name.
+        size: M.
+    """
+
+    def __init__(self, population: Population, names: list[str]):
+        self.population = population
+        self.spans: dict[str, slice] = {}
+        position = 0
+        for name in names:
+            length = population.shapes[name].numel()
+            self.spans[name] = slice(position, position + length)
+            position += length
+        self.size = position
+
+    def take(self, values: Tensor) -> Tensor:
+        """[..., N] → [..., M]."""
+        return torch.cat([values[..., self.population.spans[name]] for name in self.spans], -1)
+
+    def put(self, part: Tensor, values: Tensor) -> Tensor:
+        """values [N] with the selected ones from part [M]; a copy."""
+        values = values.clone()
+        for name, span in self.spans.items():
+            values[self.population.spans[name]] = part[span]
+        return values
+
+    def parameters(self, versions: Tensor) -> dict[str, Tensor]:
+        """[P, M] → [P, *shape] by name."""
+        shapes = self.population.shapes
+        return {name: versions[:, span].view(len(versions), *shapes[name]) for name, span in self.spans.items()}

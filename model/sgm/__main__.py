@@ -1,0 +1,230 @@
+"""Learning without gradients, and memory outside the weights.
+
+python -m model.sgm tasks --quick                    # 25 tasks one after the other; without --quick a hundred
+python -m model.sgm tasks --out runs/sgm             # keeps the folder; the same line goes on with it
+python -m model.sgm stress --fast                    # every strategy: retention, storage, timing
+python -m model.sgm improve --iterations 50 --out runs/improve
+python -m model.sgm infer "As a pirate: " --out runs/sgm
+python -m model.sgm remember "My sister lives in İzmir" --memory memory.sqlite
+python -m model.sgm retrieve "Where does my sister live?" --memory memory.sqlite
+python -m model.sgm forget 3 --memory memory.sqlite
+python -m model.sgm list --memory memory.sqlite
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from model.cli import Parser, guarded, positive
+
+MEMORY = "memory.sqlite"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parse(argv)
+    return guarded("sgm", lambda: _ACTIONS[options.action](options))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m model.sgm", description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True, metavar=" | ".join(_ACTIONS))
+
+    tasks = actions.add_parser("tasks", help="learn micro-tasks in sequence, and see what is left of the first")
+    add = tasks.add_argument
+    add("--quick", action="store_true", help="25 tasks instead of 100")
+    add("--checkpoint", help="learn on this model instead of a small one that knows nothing")
+    add("--learns", default="head.output.weight", metavar="NAMES", help="linear layers' weights that learn, by commas")
+    add("--strategy", default="both", help="nothing, locks, directions or both (default: both)")
+    add("--dtype", default="float32", help="of the stored weights: float32 or float16 (default: float32)")
+    add("--evaluations", type=positive, default=500, help="of a task, at most (default: 500)")
+    add("--out", help="folder to keep, and to go on with (default: a temporary one)")
+    add("--seed", type=int, default=0, help="of the mutations (default: 0)")
+    add("--json", action="store_true", help="print JSON")
+
+    stress = actions.add_parser("stress", help="train, retention, storage and timing, strategy by strategy")
+    stress.add_argument("--fast", action="store_true", help="5 tasks instead of 20")
+
+    improve = actions.add_parser("improve", help="the self-improvement loop over five categories")
+    add = improve.add_argument
+    add("--iterations", type=positive, default=100, help="of the loop (default: 100)")
+    add("--checkpoint", help="improve this model instead of a small one that knows nothing")
+    add("--evaluations", type=positive, default=64, help="of an iteration (default: 64)")
+    add("--out", default="runs/sgm-improve", help="folder to keep, and to go on with (default: runs/sgm-improve)")
+
+    infer = actions.add_parser("infer", help="let a folder's model go on with a text")
+    add = infer.add_argument
+    add("text", help="what it goes on with")
+    add("--out", required=True, help="the folder of tasks or improve")
+    add("--max-bytes", type=positive, default=32, help="to write (default: 32)")
+
+    for name, what, takes in (
+        ("remember", "store a text", "text"),
+        ("retrieve", "find what answers a question", "text"),
+        ("forget", "forget by number, or by all words of a text", "text"),
+        ("list", "what is remembered", None),
+        ("export", "write everything to a JSON file", "file"),
+        ("import", "read such a file", "file"),
+    ):
+        memory = actions.add_parser(name, help=what)
+        if takes:
+            memory.add_argument(takes)
+        memory.add_argument("--memory", default=MEMORY, help=f"the database (default: {MEMORY})")
+        if name in ("remember", "list"):
+            memory.add_argument("--kind", help="fact, episode or skill")
+    return parser.parse_args(argv)
+
+
+def _tasks(options: argparse.Namespace) -> int:
+    from model.evaluation.report import json_text, text_table
+    from model.sgm.lifelong import LifelongOptions
+    from model.sgm.runs import FULL, QUICK, RETENTION, VARIANTS, run_tasks
+
+    if options.strategy not in VARIANTS:
+        raise ValueError(f"--strategy {options.strategy}: accepted are {', '.join(VARIANTS)}")
+    settings = LifelongOptions(
+        learns=tuple(options.learns.split(",")), dtype=options.dtype, seed=options.seed, **VARIANTS[options.strategy]
+    )
+    result = run_tasks(
+        QUICK if options.quick else FULL,
+        folder=options.out,
+        model=_model(options.checkpoint),
+        options=settings,
+        evaluations=options.evaluations,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    if options.json:
+        print(json_text(vars(result)))
+        return 0
+    print(text_table(["strategy", *RETENTION], [[options.strategy, *result.row()]]))
+    for count, milliseconds in result.latency.items():
+        print(f"a forward pass after {count} tasks: {milliseconds:.2f} ms")
+    print(f"locks that changed: {', '.join(result.changed) or 'none'}")
+    return 0
+
+
+def _stress(options: argparse.Namespace) -> int:
+    from model.evaluation.report import text_table
+    from model.sgm.runs import RETENTION, stress
+
+    rows = stress(5 if options.fast else 20, progress=lambda line: print(line, file=sys.stderr, flush=True))
+    table = [[row.name, *row.retention.row(), f"{row.store_bytes / 1e6:.1f}"] for row in rows]
+    print(text_table(["strategy", *RETENTION, "MB"], table))
+    return 0
+
+
+def _improve(options: argparse.Namespace) -> int:
+    from model.sgm.runs import ImproveOptions, improve
+
+    def say(iteration) -> None:
+        end = "rolled back" if iteration.rolled_back else f"{iteration.locked} weights locked"
+        print(
+            f"{iteration.number} {iteration.category}: {iteration.before:.3f} -> {iteration.after:.3f}, "
+            f"total {iteration.total:.3f}, best {iteration.best:.3f}, {end}",
+            flush=True,
+        )
+
+    improve(
+        options.out,
+        options.iterations,
+        model=_model(options.checkpoint),
+        options=ImproveOptions(evaluations=options.evaluations),
+        progress=say,
+    )
+    return 0
+
+
+def _infer(options: argparse.Namespace) -> int:
+    from model.inference.generate import generate
+    from model.sgm.lifelong import LifelongLearner
+
+    with LifelongLearner.open(options.out, read_only=True) as learner:
+        text = options.text.encode(errors="surrogateescape")
+        for piece in generate(learner.model, text, max_bytes=options.max_bytes, temperature=0.0):
+            sys.stdout.buffer.write(piece.data)
+            sys.stdout.buffer.flush()
+    print()
+    return 0
+
+
+def _model(checkpoint: str | None):
+    if checkpoint is None:
+        return None
+    from model.training.checkpoint import find_checkpoint, load_checkpoint
+
+    return load_checkpoint(find_checkpoint(checkpoint))
+
+
+def _remember(options: argparse.Namespace) -> int:
+    from model.sgm.memory import ExternalMemory
+
+    with ExternalMemory(options.memory) as memory:
+        print(_line(memory.remember(options.text, options.kind or "fact")))
+    return 0
+
+
+def _retrieve(options: argparse.Namespace) -> int:
+    from model.sgm.router import MemoryRouter
+
+    with _existing(options.memory) as memory:
+        router = MemoryRouter.load_or_train(f"{options.memory}.router.safetensors")
+        matches = memory.retrieve(options.text)
+        for match, trust in zip(matches, router.trust(options.text, matches)):
+            print(f"{trust:.2f}  {_line(match.entry)}")
+    return 0
+
+
+def _forget(options: argparse.Namespace) -> int:
+    with _existing(options.memory) as memory:
+        if options.text.isdecimal():
+            entry = memory.forget(int(options.text))
+            gone = [] if entry is None else [entry]
+        else:
+            gone = memory.forget_matching(options.text)
+        for entry in gone:
+            print(_line(entry))
+        print(f"{len(gone)} forgotten")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    with _existing(options.memory) as memory:
+        for entry in memory.list(options.kind, limit=10**6):
+            print(_line(entry))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    with _existing(options.memory) as memory:
+        memory.export_json(options.file)
+        print(f"{len(memory)} written to {options.file}")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from model.sgm.memory import ExternalMemory
+
+    with ExternalMemory(options.memory) as memory:
+        print(f"{memory.import_json(options.file)} read from {options.file}")
+    return 0
+
+
+def _existing(path: str):
+    from model.sgm.memory import ExternalMemory
+
+    if not Path(path).exists():
+        raise ValueError(f"--memory {path}: there is none; `remember` makes it")
+    return ExternalMemory(path)
+
+
+def _line(entry) -> str:
+    return f"#{entry.id} {entry.kind} ({entry.confidence:.2f}): {entry.text}"
+
+
+_ACTIONS = {
+    "tasks": _tasks, "stress": _stress, "improve": _improve, "infer": _infer, "remember": _remember,
+    "retrieve": _retrieve, "forget": _forget, "list": _list, "export": _export, "import": _import,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main())
