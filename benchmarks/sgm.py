@@ -1,0 +1,135 @@
+"""Learning without gradients: loss by evaluation against other ways to learn, and what the locks keep.
+
+    python benchmarks/sgm.py                       # loss by evaluation, and 25 tasks under each strategy
+    python benchmarks/sgm.py --only search --evaluations 3000 --json
+
+One evaluation is one forward pass of one version of the model on the task. A step by gradient counts as three: its
+backward pass costs two forward passes.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from model.cli import Parser, guarded, positive
+from model.evaluation.report import json_text, text_table
+from model.sgm.directions import Directions
+from model.sgm.learner import Learner, LearnerOptions
+from model.sgm.lifelong import LifelongOptions, demonstration_model
+from model.sgm.population import Population
+from model.sgm.runs import LENGTH, RETENTION, VARIANTS, run_tasks
+from model.sgm.tasks import Task, micro_tasks, stack
+
+PARTS = ("search", "retention")
+LEARNS = "head.output.weight"
+SEARCHES = {
+    "(1+λ), dense": {"recombine": False, "perturbation": "dense"},
+    "(1+λ), low-rank": {"recombine": False},
+    "antithetic pairs, low-rank": {"antithetic": True},
+    "dense": {"perturbation": "dense"},
+    "low-rank (the default)": {},
+}
+
+
+def by_search(tasks: list[Task], options: LearnerOptions, evaluations: int, within: bool, seed: int) -> float:
+    """Loss of the tasks, learned together from nothing, after so many evaluations."""
+    population = Population(demonstration_model())
+    learner = Learner(population, options, seed=seed)
+    x, counts = stack(tasks, LENGTH)
+    free = basis = None
+    if within:
+        free = torch.zeros(population.size, dtype=torch.bool)
+        free[population.spans[LEARNS]] = True
+        directions = Directions(population, [LEARNS])
+        basis = directions.within(directions.inputs(learner.values, x, counts), learner.locked)
+    return learner.learn(x, counts, evaluations=evaluations, free=free, within=basis).after
+
+
+def by_gradient(tasks: list[Task], evaluations: int, lr: float) -> float:
+    """The same by Adam, for as many forward passes."""
+    model = demonstration_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    x, counts = stack(tasks, LENGTH)
+
+    def loss() -> Tensor:
+        each = F.cross_entropy(model(x).flatten(0, 1), x.flatten().long(), reduction="none").view(x.shape)
+        return ((each * counts).sum(1) / counts.sum(1)).mean()
+
+    for _ in range(evaluations // 3):
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return loss().item()
+
+
+def search(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
+    """Rows: a way to learn, and the loss after a fraction of the evaluations, the median of the seeds."""
+    tasks = micro_tasks(arguments.together)
+    budgets = [arguments.evaluations // 10, arguments.evaluations // 3, arguments.evaluations]
+    rows = []
+
+    def add(name: str, learn) -> None:
+        start = time.perf_counter()
+        row: dict[str, float | str] = {"way": name}
+        for budget in budgets:
+            row[str(budget)] = statistics.median(learn(budget, seed) for seed in range(arguments.seeds))
+        rows.append(row | {"seconds": time.perf_counter() - start})
+        print(rows[-1], file=sys.stderr, flush=True)
+
+    for name, changes in SEARCHES.items():
+        options = LearnerOptions(**changes)
+        add(name, lambda n, seed, options=options: by_search(tasks, options, n, False, seed))
+    add("low-rank, within the inputs' span", lambda n, seed: by_search(tasks, LearnerOptions(), n, True, seed))
+    for lr in (1e-3, 1e-2):
+        add(f"gradient, Adam {lr:g}", lambda n, seed, lr=lr: by_gradient(tasks, n, lr))
+    return rows
+
+
+def main() -> int:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--only", choices=PARTS, help="one of the two (default: both)")
+    parser.add_argument("--evaluations", type=positive, default=3000, help="of the longest search (default: 3000)")
+    parser.add_argument("--together", type=positive, default=4, help="tasks learned at once in it (default: 4)")
+    parser.add_argument("--seeds", type=positive, default=3, help="medians of so many (default: 3)")
+    parser.add_argument("--tasks", type=positive, default=25, help="of the retention table (default: 25)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args()
+    return guarded("sgm.py", lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found: dict[str, object] = {}
+    if arguments.only in (None, "search"):
+        rows = found["search"] = search(arguments)
+        if not arguments.json:
+            header = [key for key in rows[0] if key != "seconds"]
+            print(text_table([*header, "seconds"], [
+                [str(row["way"]), *(f"{row[key]:.3f}" for key in header[1:]), f"{row['seconds']:.0f}"] for row in rows
+            ]))  # fmt: skip
+    if arguments.only in (None, "retention"):
+        kept = {}
+        strategies = VARIANTS | {"guard": {"directions": False, "locks": False, "guard": 0.004}}
+        for name, changes in strategies.items():
+            kept[name] = run_tasks(arguments.tasks, options=LifelongOptions(**changes))
+            print(name, kept[name].row(), file=sys.stderr, flush=True)
+        found["retention"] = {name: vars(row) for name, row in kept.items()}
+        if not arguments.json:
+            print(text_table(["strategy", *RETENTION], [[name, *row.row()] for name, row in kept.items()]))
+    if arguments.json:
+        print(json.dumps(json.loads(json_text(found)), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
