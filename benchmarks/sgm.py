@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,6 +30,7 @@ from model.sgm.tasks import Task, micro_tasks, stack
 
 PARTS = ("search", "retention")
 LEARNS = "head.output.weight"
+HEAD = 128  # of the model of the searches: 0.35 M weights
 SEARCHES = {
     "(1+λ), dense": {"recombine": False, "perturbation": "dense"},
     "(1+λ), low-rank": {"recombine": False},
@@ -40,9 +40,14 @@ SEARCHES = {
 }
 
 
-def by_search(tasks: list[Task], options: LearnerOptions, evaluations: int, within: bool, seed: int) -> float:
-    """Loss of the tasks, learned together from nothing, after so many evaluations."""
-    population = Population(demonstration_model())
+def at_budgets(trace: list[tuple[int, float]], budgets: list[int]) -> list[float]:
+    """The last loss of (evaluations, loss) pairs within each budget."""
+    return [[loss for evaluations, loss in trace if evaluations <= budget][-1] for budget in budgets]
+
+
+def by_search(tasks: list[Task], options: LearnerOptions, budgets: list[int], within: bool, seed: int) -> list[float]:
+    """Losses of the tasks, learned together from nothing, after so many evaluations."""
+    population = Population(demonstration_model(HEAD))
     learner = Learner(population, options, seed=seed)
     x, counts = stack(tasks, LENGTH)
     free = basis = None
@@ -51,26 +56,32 @@ def by_search(tasks: list[Task], options: LearnerOptions, evaluations: int, with
         free[population.spans[LEARNS]] = True
         directions = Directions(population, [LEARNS])
         basis = directions.within(directions.inputs(learner.values, x, counts), learner.locked)
-    return learner.learn(x, counts, evaluations=evaluations, free=free, within=basis).after
+
+    def loss() -> float:
+        return population.losses(learner.values.unsqueeze(0), x, counts).mean().item()
+
+    trace = [(0, loss())]
+    learner.learn(
+        x, counts, evaluations=budgets[-1], free=free, within=basis,
+        on_accept=lambda: trace.append((learner.evaluations, loss())),
+    )  # fmt: skip
+    return at_budgets(trace, budgets)
 
 
-def by_gradient(tasks: list[Task], evaluations: int, lr: float) -> float:
+def by_gradient(tasks: list[Task], budgets: list[int], lr: float) -> list[float]:
     """The same by Adam, for as many forward passes."""
-    model = demonstration_model()
+    model = demonstration_model(HEAD)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     x, counts = stack(tasks, LENGTH)
-
-    def loss() -> Tensor:
-        each = F.cross_entropy(model(x).flatten(0, 1), x.flatten().long(), reduction="none").view(x.shape)
-        return ((each * counts).sum(1) / counts.sum(1)).mean()
-
-    for _ in range(evaluations // 3):
+    trace = []
+    for step in range(budgets[-1] // 3 + 1):
         optimizer.zero_grad()
-        value = loss()
-        value.backward()
+        each = F.cross_entropy(model(x).flatten(0, 1), x.flatten().long(), reduction="none").view(x.shape)
+        loss = ((each * counts).sum(1) / counts.sum(1)).mean()
+        loss.backward()
+        trace.append((3 * step, loss.item()))  # what the steps before it came to
         optimizer.step()
-    with torch.no_grad():
-        return loss().item()
+    return at_budgets(trace, budgets)
 
 
 def search(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
@@ -81,18 +92,18 @@ def search(arguments: argparse.Namespace) -> list[dict[str, float | str]]:
 
     def add(name: str, learn) -> None:
         start = time.perf_counter()
+        found = zip(*(learn(seed) for seed in range(arguments.seeds)))
         row: dict[str, float | str] = {"way": name}
-        for budget in budgets:
-            row[str(budget)] = statistics.median(learn(budget, seed) for seed in range(arguments.seeds))
+        row |= {str(budget): statistics.median(losses) for budget, losses in zip(budgets, found)}
         rows.append(row | {"seconds": time.perf_counter() - start})
         print(rows[-1], file=sys.stderr, flush=True)
 
     for name, changes in SEARCHES.items():
         options = LearnerOptions(**changes)
-        add(name, lambda n, seed, options=options: by_search(tasks, options, n, False, seed))
-    add("low-rank, within the inputs' span", lambda n, seed: by_search(tasks, LearnerOptions(), n, True, seed))
+        add(name, lambda seed, options=options: by_search(tasks, options, budgets, False, seed))
+    add("low-rank, within the inputs' span", lambda seed: by_search(tasks, LearnerOptions(), budgets, True, seed))
     for lr in (1e-3, 1e-2):
-        add(f"gradient, Adam {lr:g}", lambda n, seed, lr=lr: by_gradient(tasks, n, lr))
+        add(f"gradient, Adam {lr:g}", lambda seed, lr=lr: by_gradient(tasks, budgets, lr))
     return rows
 
 

@@ -4,7 +4,7 @@ python -m model.sgm tasks --quick                    # 25 tasks one after the ot
 python -m model.sgm tasks --out runs/sgm             # keeps the folder; the same line goes on with it
 python -m model.sgm stress --fast                    # every strategy: retention, storage, timing
 python -m model.sgm improve --iterations 50 --out runs/improve
-python -m model.sgm infer "As a pirate: " --out runs/sgm
+python -m model.sgm infer "As a pirate: "            # by what runs/sgm has learned
 python -m model.sgm remember "My sister lives in İzmir" --memory memory.sqlite
 python -m model.sgm retrieve "Where does my sister live?" --memory memory.sqlite
 python -m model.sgm forget 3 --memory memory.sqlite
@@ -13,6 +13,7 @@ python -m model.sgm list --memory memory.sqlite
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from model.cli import Parser, guarded, positive
@@ -55,7 +56,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     infer = actions.add_parser("infer", help="let a folder's model go on with a text")
     add = infer.add_argument
     add("text", help="what it goes on with")
-    add("--out", required=True, help="the folder of tasks or improve")
+    add("--out", default="runs/sgm", help="the folder of tasks or improve (default: runs/sgm)")
     add("--max-bytes", type=positive, default=32, help="to write (default: 32)")
 
     for name, what, takes in (
@@ -156,10 +157,12 @@ def _model(checkpoint: str | None):
 
 
 def _remember(options: argparse.Namespace) -> int:
-    from model.sgm.memory import ExternalMemory
+    from model.sgm.memory import BudgetExceeded
 
-    with ExternalMemory(options.memory) as memory:
-        print(_line(memory.remember(options.text, options.kind or "fact")))
+    try:
+        print(_line(_written(options.memory, lambda memory: memory.remember(options.text, options.kind or "fact"))))
+    except BudgetExceeded as error:
+        raise ValueError(str(error)) from None
     return 0
 
 
@@ -202,11 +205,20 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
+    count = _written(options.memory, lambda memory: memory.import_json(options.file))
+    print(f"{count} read from {options.file}")
+    return 0
+
+
+def _written(path: str, write: Callable):
+    """What `write` says of the memory at `path`; a new one is tried in RAM first, so that a refusal leaves no file."""
     from model.sgm.memory import ExternalMemory
 
-    with ExternalMemory(options.memory) as memory:
-        print(f"{memory.import_json(options.file)} read from {options.file}")
-    return 0
+    if not Path(path).exists():
+        with ExternalMemory(":memory:") as trial:
+            write(trial)
+    with ExternalMemory(path) as memory:
+        return write(memory)
 
 
 def _existing(path: str):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from model.sgm.locking import BLOCK
 from model.sgm.population import Population, evaluating
 
-RELATIVE = 1e-3  # of the largest; smaller parts of a new input, outside what is protected, are rounding
+RELATIVE = 1e-3  # of the largest; smaller parts of a new input, outside what is protected, are not learned from
+ROUNDING = 1e-5  # of the largest; smaller parts of an input are rounding, and not protected
 Within = dict[str, list[tuple[slice, Tensor]]]
 
 
@@ -84,7 +85,7 @@ class Directions:
     def protect(self, inputs: dict[str, Tensor]) -> None:
         """From now on no change may be seen by these inputs, nor by what they span with those before."""
         for name, read in inputs.items():
-            new = orthogonal_part(read, self.protected[name])
+            new = orthogonal_part(read, self.protected[name], ROUNDING)
             self.protected[name] = torch.cat([self.protected[name], new])
 
     def anchor(self, inputs: dict[str, Tensor], energy: float = 0.9) -> None:
@@ -125,8 +126,11 @@ class Directions:
         return len(self.protected[name]) / self.layers[name].in_features
 
 
-def orthogonal_part(new: Tensor, old: Tensor) -> Tensor:
-    """An orthonormal basis [k, D], k ≥ 0, of what the rows new [n, D] have outside the span of the rows old [m, D]."""
+def orthogonal_part(new: Tensor, old: Tensor, relative: float = RELATIVE) -> Tensor:
+    """An orthonormal basis [k, D], k ≥ 0, of what the rows new [n, D] have outside the span of the rows old [m, D].
+
+    Parts smaller than `relative` of the longest new row are left out.
+    """
     if not len(new):
         return new.new_zeros(0, new.shape[1]).float()
     rest, size = new.double(), new.double().norm(dim=1).max()
@@ -136,7 +140,7 @@ def orthogonal_part(new: Tensor, old: Tensor) -> Tensor:
         for _ in range(2):  # once more, for what rounding left
             rest = rest - rest @ span @ span.T
     _, values, directions = torch.linalg.svd(rest, full_matrices=False)
-    return directions[values > RELATIVE * size].float()
+    return directions[values > relative * size].float()
 
 
 def _at(inputs: Tensor, counts: Tensor | None) -> Tensor:

@@ -8,12 +8,15 @@ A task is learned by mutation, then what matters to it is locked, then what it r
 killed at any instruction of it: what has been locked stays, and a task that was not finished is learned on.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
@@ -52,7 +55,7 @@ class LifelongOptions:
     directions: bool = True
     locks: bool = True
     guard: float | None = None
-    energy: float = 0.98
+    energy: float = 0.9
     dtype: str = "float32"
     seed: int = 0
 
@@ -63,6 +66,8 @@ class LifelongOptions:
             raise ValueError(f"guard={self.guard!r}: accepted is a number ≥ 0, or None")
         if self.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype={self.dtype!r}: accepted is float32 or float16")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed!r}: accepted is an integer from 0 to 2⁶³ − 1")
 
 
 @dataclass(frozen=True)
@@ -102,18 +107,22 @@ class LifelongLearner:
         self.options = LifelongOptions(**(options | {"learns": tuple(options["learns"])}))
         self.lock_options = LockOptions(**meta["lock_options"])
         self.population = Population(model, byte_losses)
+        self.device = self.population.device
         keep = (lambda values: values.half().float()) if self.options.dtype == "float16" else (lambda values: values)
         store.load_into(model)
         self.learner = Learner(
-            self.population, LearnerOptions(**meta["learner"]["options"]), locked=store.locked, keep=keep
+            self.population,
+            LearnerOptions(**meta["learner"]["options"]),
+            locked=store.locked.to(self.device),
+            keep=keep,
         )
         self.learner.load_state(meta["learner"])
         self.records = [Record.from_json(record) for record in meta["records"]]
         protects = self.options.directions and self.options.learns
         self.directions = Directions(self.population, list(self.options.learns)) if protects else None
         for i in range(meta["protected"]):
-            for name, basis in load_file(self._protected(i)).items():
-                self.directions.protected[name] = torch.cat([self.directions.protected[name], basis])
+            for name, basis in _bases(self._protected(i)).items():
+                self.directions.protected[name] = torch.cat([self.directions.protected[name], basis.to(self.device)])
 
     @classmethod
     def create(
@@ -125,7 +134,7 @@ class LifelongLearner:
         learner: LearnerOptions | None = None,
         lock: LockOptions | None = None,
     ) -> "LifelongLearner":
-        """Begin with a model in a new folder: its embeddings and norms are locked.
+        """Begin with a model in a new folder: its embeddings and norms are locked. A killed `create` leaves no folder.
 
         Raises:
             ValueError: when the folder is not empty, or a name in `options.learns` is none of a linear layer's weights.
@@ -139,8 +148,6 @@ class LifelongLearner:
             Directions(population, list(options.learns))  # says what is wrong with them before anything is written
         elif unknown := [name for name in options.learns if name not in population.spans]:
             raise ValueError(f"learns={unknown[0]!r}: accepted are names of the model's parameters")
-        path.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(model, path / "model.safetensors")
         meta = {
             "options": asdict(options),
             "lock_options": asdict(lock or LockOptions()),
@@ -148,19 +155,31 @@ class LifelongLearner:
             "records": [],
             "protected": 0,
         }
-        store = WeightStore.from_module(path / "weights", model, dtype=options.dtype, meta=meta)
-        if (mask := anchors(model, population)).any():
-            store.lock(ANCHORED, mask)
-        opened = cls(path, model, store)
-        if opened.directions is not None and options.energy:
-            x = ordinary(ORDINARY_LENGTH)
-            before = opened._spans()
-            opened.directions.anchor(opened.directions.inputs(opened.learner.values, x), options.energy)
-            opened._save_protected(before)
-        return opened
+        place = path.resolve()
+        making = place.parent / f".{place.name}.{os.getpid()}.creating"
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(parents=True)
+        try:
+            save_checkpoint(model, making / "model.safetensors")
+            store = WeightStore.from_module(making / "weights", model, dtype=options.dtype, meta=meta)
+            with cls(making, model, store) as begun:
+                if (mask := anchors(model, population)).any():
+                    store.lock(ANCHORED, mask.cpu())
+                if begun.directions is not None and options.energy:
+                    x = ordinary(ORDINARY_LENGTH).to(begun.device)
+                    before = begun._spans()
+                    begun.directions.anchor(begun.directions.inputs(begun.learner.values, x), options.energy)
+                    begun._save_protected(before)
+            os.rename(making, place)
+        except BaseException:
+            shutil.rmtree(making, ignore_errors=True)
+            raise
+        return cls(path, model, WeightStore.open(path / "weights"))
 
     @classmethod
-    def open(cls, path: str | Path, *, read_only: bool = False) -> "LifelongLearner":
+    def open(
+        cls, path: str | Path, *, read_only: bool = False, device: str | torch.device = "cpu"
+    ) -> "LifelongLearner":
         """Go on with a folder; `read_only` beside a process that learns.
 
         Raises:
@@ -169,9 +188,13 @@ class LifelongLearner:
         path = Path(path)
         if not (path / "model.safetensors").exists():
             raise ValueError(f"path={str(path)!r}: accepted is a folder that was made by `create`")
-        return cls(
-            path, load_checkpoint(path / "model.safetensors"), WeightStore.open(path / "weights", read_only=read_only)
-        )
+        model = load_checkpoint(path / "model.safetensors", device)
+        store = WeightStore.open(path / "weights", read_only=read_only)
+        try:
+            return cls(path, model, store)
+        except BaseException:
+            store.close()
+            raise
 
     def __enter__(self) -> "LifelongLearner":
         return self
@@ -183,7 +206,7 @@ class LifelongLearner:
 
     def learn(self, task: Task, *, evaluations: int = 500, target: float = 0.3, length: int | None = None) -> Record:
         """Learn a task, lock what matters to it, protect what it read. Every accepted change is committed."""
-        x, counts = task.batch(length)
+        x, counts = (each.to(self.device) for each in task.batch(length))
         learner, before = self.learner, self.learner.values.clone()
         within = read = None
         if self.directions is not None:
@@ -196,7 +219,7 @@ class LifelongLearner:
         )  # fmt: skip
         found = None
         if self.options.locks:
-            generator = torch.Generator().manual_seed(len(self.records))
+            generator = torch.Generator(self.device).manual_seed(len(self.records))
             found = find_important(
                 self.population, learner.values, x, counts, locked=learner.locked | ~free, reference=before,
                 scale=scales(self.population), options=self.lock_options, generator=generator,
@@ -204,7 +227,7 @@ class LifelongLearner:
             learner.evaluations += found.evaluations
             if found.weights.any():
                 learner.locked |= found.weights
-                self.store.lock(task.name, found.weights)
+                self.store.lock(task.name, found.weights.cpu())
         spans = self._spans()
         if read is not None:
             self.directions.protect(read)
@@ -216,15 +239,15 @@ class LifelongLearner:
     def free(self) -> Tensor:
         """[N] bool: the weights that learn, locked or not."""
         if not self.options.learns:
-            return torch.ones(self.population.size, dtype=torch.bool)
-        free = torch.zeros(self.population.size, dtype=torch.bool)
+            return torch.ones(self.population.size, dtype=torch.bool, device=self.device)
+        free = torch.zeros(self.population.size, dtype=torch.bool, device=self.device)
         for name in self.options.learns:
             free[self.population.spans[name]] = True
         return free
 
     def losses(self, tasks: list[Task], length: int | None = None) -> Tensor:
         """Losses [n] of tasks now, in nats per byte that counts; the mean of a task's pairs."""
-        x, counts = stack(tasks, length)
+        x, counts = (each.to(self.device) for each in stack(tasks, length))
         rows = self.population.losses(self.learner.values.unsqueeze(0), x, counts)[0]
         return torch.stack([part.mean() for part in rows.split([len(task.pairs) for task in tasks])])
 
@@ -232,9 +255,12 @@ class LifelongLearner:
         if self.options.guard is None or not self.records:
             return None
         tasks = [record.task for record in self.records]
-        x, counts = stack(tasks, length)
-        allowed = torch.tensor([record.after for record in self.records]) * (1 + self.options.guard) + 1e-4
-        of_row = torch.repeat_interleave(allowed, torch.tensor([len(task.pairs) for task in tasks]))
+        x, counts = (each.to(self.device) for each in stack(tasks, length))
+        allowed = (
+            torch.tensor([record.after for record in self.records], device=self.device) * (1 + self.options.guard)
+            + 1e-4
+        )
+        of_row = torch.repeat_interleave(allowed, torch.tensor([len(task.pairs) for task in tasks], device=self.device))
 
         def passes(versions: Tensor, of: Selection) -> Tensor:
             losses = self.population.losses(versions, x, counts, of=of, base=self.learner.values)
@@ -247,7 +273,7 @@ class LifelongLearner:
     def commit(self, **changes: Any) -> None:
         """Write the weights and the progress, in one step."""
         meta = self.store.meta | {"learner": self.learner.state()} | changes
-        self.store.commit(self.learner.values, meta=meta)
+        self.store.commit(self.learner.values.cpu(), meta=meta)
 
     def _protected(self, number: int) -> Path:
         return self.path / "protected" / f"{number + 1:06d}.safetensors"
@@ -259,10 +285,17 @@ class LifelongLearner:
         """Write what has been protected since `before`, and then say that it counts, with the records."""
         number = self.store.meta["protected"]
         if self.directions is not None:
-            new = {name: basis[before[name] :].contiguous() for name, basis in self.directions.protected.items()}
+            new = {name: basis[before[name] :].cpu().contiguous() for name, basis in self.directions.protected.items()}
             write_atomically(self._protected(number), serialise(new))
             number += 1
         self.commit(records=[record.to_json() for record in self.records], protected=number)
+
+
+def _bases(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"protected {file}: damaged ({error})") from None
 
 
 def _record(task: Task, learned: Learned, found) -> Record:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from model.sgm.population import AT_ONCE, Population, Selection
 
@@ -261,7 +262,7 @@ def lock_gradients(module: nn.Module, locked: dict[str, Tensor]) -> Callable[[],
             for p, mask, values in kept:
                 p[mask] = values
 
-    handles.append(torch.optim.optimizer.register_optimizer_step_post_hook(put_back))
+    handles.append(register_optimizer_step_post_hook(put_back))
 
     def unlock() -> None:
         for handle in handles:

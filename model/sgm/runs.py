@@ -15,13 +15,14 @@ import torch
 from model.agiformer import AGIFormer
 from model.sgm.learner import LearnerOptions, scales
 from model.sgm.lifelong import LifelongLearner, LifelongOptions, demonstration_model
-from model.sgm.locking import LockOptions, find_important
+from model.sgm.locking import BLOCK, LockOptions, find_important
 from model.sgm.tasks import CATEGORIES, category_tasks, micro_tasks
 
 LENGTH = 48  # bytes of a task's row
 QUICK, FULL = 25, 100
-HEAD = {QUICK: 512, FULL: 1280}  # width of the demonstration's head: it has to hold what all tasks read
-LOCKS = LockOptions(candidates=64, groups=16, minimum=0.0001, budget=0.0005)
+HEAD = {QUICK: 512, FULL: 2048}  # width of the demonstration's head: it has to hold what all tasks read
+LOCKS = LockOptions(candidates=64, groups=16)
+LOCKED_BLOCKS = 2, 8  # that a task locks at least and at most
 LATENCY_AFTER = (1, 10, 100)
 SNAPSHOT = "best"
 TARGETS = {  # which modules an iteration on a category changes
@@ -58,9 +59,15 @@ def modules(model: AGIFormer) -> dict[str, list[str]]:
     return found
 
 
+def task_locks(model: AGIFormer) -> LockOptions:
+    """Locks of a task: a number of blocks, whatever the model's size, since a task is as small in any."""
+    minimum, budget = (blocks * BLOCK / model.parameter_count() for blocks in LOCKED_BLOCKS)
+    return replace(LOCKS, minimum=min(1.0, minimum), budget=min(1.0, budget))
+
+
 def latency(learner: LifelongLearner, repeats: int = 15) -> float:
     """Median milliseconds of one forward pass of 1 × LENGTH bytes."""
-    x = torch.zeros(1, LENGTH, dtype=torch.uint8)
+    x = torch.zeros(1, LENGTH, dtype=torch.uint8, device=learner.device)
     times = []
     with torch.inference_mode():
         for _ in range(repeats + 3):
@@ -127,9 +134,12 @@ def run_tasks(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sgm"
         if (Path(folder) / "model.safetensors").exists():
             learner = LifelongLearner.open(folder)
+            if options is not None and options != learner.options:
+                learner.store.close()
+                raise ValueError(f"folder={str(folder)!r}: accepted are its own options, {learner.options}")
         else:
             model = model or demonstration_model(HEAD[QUICK if count <= QUICK else FULL])
-            learner = LifelongLearner.create(folder, model, options, lock=LOCKS)
+            learner = LifelongLearner.create(folder, model, options, lock=task_locks(model))
         stack.enter_context(learner)
         start, latencies = time.perf_counter(), {}
         first = len(learner.records)
@@ -143,7 +153,7 @@ def run_tasks(
                 latencies[i] = latency(learner)
         records = learner.records[:count]
         now = learner.losses([record.task for record in records], LENGTH)
-        ratios = now / torch.tensor([max(record.after, 1e-6) for record in records])
+        ratios = now / torch.tensor([max(record.after, 1e-6) for record in records], device=now.device)
         full = [learner.directions.used(name) for name in learner.options.learns] if learner.directions else [0.0]
         return Retention(
             tasks=len(records),
@@ -219,7 +229,7 @@ def improve(
         )
     done = []
     with learner:
-        parts = {name: torch.zeros(learner.population.size, dtype=torch.bool) for name in modules(learner.model)}
+        parts = {name: torch.zeros_like(learner.learner.locked) for name in modules(learner.model)}
         for name, names in modules(learner.model).items():
             for parameter in names:
                 parts[name][learner.population.spans[parameter]] = True
@@ -246,7 +256,7 @@ def _improve_once(
     rng = random.Random(number)
     drawn = rng.random() < options.random_share
     category = rng.choice(CATEGORIES) if drawn else CATEGORIES[number % len(CATEGORIES)]
-    x, counts = tasks[category].batch()
+    x, counts = (each.to(learner.device) for each in tasks[category].batch())
     free = torch.stack([parts[name] for name in TARGETS[category]]).any(0)
     reference = learner.learner.values.clone()
     learned = learner.learner.learn(x, counts, evaluations=options.evaluations, free=free)
@@ -256,27 +266,30 @@ def _improve_once(
     if rolled_back:
         # What has been locked since the snapshot stays.
         meta["iteration"] = number
-        learner.store.restore(SNAPSHOT, meta=learner.store.meta | {"learner": learner.learner.state(), "improve": meta})
-        learner.learner.values = learner.store.values
+        progress = {"learner": learner.learner.state(), "improve": meta}
+        restored = learner.store.restore(SNAPSHOT, meta=learner.store.meta | progress)
+        learner.learner.values = learner.store.values.to(learner.device)
+        if restored.locked_differing:  # the best may be out of reach now, and nothing would ever come near it
+            meta["best"] = max(meta["best"], learner.losses(list(tasks.values())).sum().item())
+            learner.commit(improve=meta)
         return Iteration(number, category, learned.before, learned.after, total, meta["best"], 0, True)
     if learned.after < learned.before * (1 - options.lock_from):
         found = find_important(
             learner.population, learner.learner.values, x, counts, locked=learner.learner.locked | ~free,
             reference=reference, scale=scales(learner.population), options=options.lock,
-            generator=torch.Generator().manual_seed(number),
+            generator=torch.Generator(learner.device).manual_seed(number),
         )  # fmt: skip
         learner.learner.evaluations += found.evaluations
         locked = int(found.weights.sum())
     meta["iteration"] = number
-    better = total < meta["best"]
-    if better:
-        meta["best"] = total
-    learner.commit(improve=meta)
+    learner.commit()
     if locked:
         learner.learner.locked |= found.weights
-        learner.store.lock(f"{category} {number}", found.weights)
-    if better:
-        learner.store.snapshot(SNAPSHOT)
+        learner.store.lock(f"{category} {number}", found.weights.cpu())
+    if total < meta["best"]:
+        meta["best"] = total
+        learner.store.snapshot(SNAPSHOT)  # before `best` says that it is there
+    learner.commit(improve=meta)
     return Iteration(number, category, learned.before, learned.after, total, meta["best"], locked, False)
 
 

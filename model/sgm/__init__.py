@@ -1,0 +1,1 @@
+"""SGM (seed 001): learning without gradients, locking what matters, and memories kept outside the weights."""
