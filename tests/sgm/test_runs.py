@@ -82,6 +82,7 @@ def test_a_run_gives_what_a_loop_by_hand_gives(tmp_path):
         for task in micro_tasks(3):
             record = by_hand.learn(task, evaluations=64, target=target, length=LENGTH)
             after.append(record.after)
+            assert 2 * 64 <= record.locked <= 8 * 64  # blocks, whatever the size of the model
             evaluations += record.evaluations
         now = [by_hand.losses([task], LENGTH).item() for task in micro_tasks(3)]
         locked, size = int(by_hand.store.locked.sum()), len(by_hand.store)
