@@ -703,6 +703,7 @@ def test_on_a_terminal(checkpoint):
     terminal.until(b"\r\nstopped\r\n", b"> ")
     terminal.send(b"/dropped")
     terminal.until(b"/dropped")
+    time.sleep(0.5)  # a signal that comes just before CPython waits for a key is seen with the next key only
     terminal.send(b"\x03")
     terminal.until(b"> ")
     terminal.send(b"/temperature -1\r")
@@ -747,7 +748,7 @@ def test_a_memory_lasts_over_chats(remembering, tmp_path):
     assert code == 0 and "0 replies" in err and len(out.splitlines()) == 6
     assert all(out.count(text) == 2 for text in ("Luna 🐈", "4711", "Ankara is cold"))
 
-    lines = "/show on\nWhat is my cat called?\n/export all.json\nforget Luna\nkapının şifresi nedir?\n"
+    lines = "/show on\nWhat is my cat called?\n/export all.json\nforget Luna\nkapının şifresi neydi?\n"
     lines += "My brother lives in Berlin.\nWrite a poem about the sea.\n/list\n/export ./m.db\n"
     code, out, err = remembering(lines.encode(), "--max-bytes", "20")
     assert code == 0 and "4 replies" in err and err.startswith("/export: ./m.db: the memory itself")
