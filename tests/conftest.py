@@ -1,6 +1,7 @@
 """Fixtures for all tests: tiny models whose every weight matters, one thread, and no cache but the test's own."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -24,6 +25,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def fork(work) -> int:
+    """The process id of a fork that does `work()`; 0 is its exit status when that came to its end."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException as error:
+            print(f"child: {error!r}", file=sys.__stderr__, flush=True)
+        finally:
+            os._exit(code)
+    return pid
 
 
 def make_random_model(seed: int = 5, **changes) -> AGIFormer:

@@ -5,7 +5,6 @@ import itertools
 import os
 import random
 import signal
-import sys
 import time
 from dataclasses import asdict
 
@@ -20,7 +19,7 @@ from model.sgm.locking import LockOptions
 from model.sgm.storage import StoreBusy, WeightStore
 from model.sgm.tasks import Task, ordinary
 from model.training.checkpoint import load_checkpoint, save_checkpoint
-from tests.conftest import make_random_model
+from tests.conftest import fork, make_random_model
 
 HEAD = "head.output.weight"
 EMBEDDINGS = ("encoder.embedding.weight", "head.bytes.weight")
@@ -64,21 +63,6 @@ def same(a: dict, b: dict) -> bool:
 def progress(lifelong: LifelongLearner) -> dict:
     segments = [(segment.task, segment.count, segment.digest) for segment in lifelong.store.segments]
     return {"learner": lifelong.learner.state(), "records": lifelong.records, "segments": segments}
-
-
-def fork(work) -> int:
-    """The process id of a fork that does `work()`; 0 is its exit status when that came to its end."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException as error:
-            print(f"child: {error!r}", file=sys.__stderr__, flush=True)
-        finally:
-            os._exit(code)
-    return pid
 
 
 def wait(pid: int) -> int:

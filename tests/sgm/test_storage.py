@@ -23,6 +23,7 @@ from torch import nn
 import model.files
 from model.sgm import storage
 from model.sgm.storage import StoreBusy, StoreDamaged, WeightStore
+from tests.conftest import fork
 
 LAYOUT = {"gömme.ağırlık": (5, 7), "bias": (), "boş": (0, 3), "🙂.w": (4, 41)}  # 200 weights
 N = 200
@@ -606,16 +607,7 @@ class Child:
     """`work()` in a fork; killed when the block ends, if not before."""
 
     def __init__(self, work):
-        self.pid, self.code = os.fork(), None
-        if self.pid == 0:
-            code = 1
-            try:
-                work()
-                code = 0
-            except BaseException as error:
-                print(f"child: {error!r}", file=sys.__stderr__, flush=True)
-            finally:
-                os._exit(code)
+        self.pid, self.code = fork(work), None
 
     def __enter__(self):
         return self
