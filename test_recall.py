@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     # Only now: importing PyTorch takes seconds, which --help and a mistyped option need not.
     from tqdm import tqdm
 
-    from model.evaluation.haystack import LANGUAGES
+    from model.data.haystack import LANGUAGES
     from model.evaluation.recall import PASS_ACCURACY, make_needles, needle_accuracy
     from model.evaluation.report import json_text, pick_device
     from model.files import write_atomically

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.data.haystack import DIGIT_KEYS, KEY_BYTES, LANGUAGES, Language
 from model.evaluation.bpc import evaluation_mode
-from model.evaluation.haystack import DIGIT_KEYS, KEY_BYTES, LANGUAGES, Language
 from model.evaluation.report import check_count, number, text_table
 from model.inference.stream import ByteStream
 

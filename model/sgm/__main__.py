@@ -59,6 +59,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", default="runs/sgm", help="the folder of tasks or improve (default: runs/sgm)")
     add("--max-bytes", type=positive, default=32, help="to write (default: 32)")
 
+    for action in (tasks, stress, improve, infer):
+        action.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
     for name, what, takes in (
         ("remember", "store a text", "text"),
         ("retrieve", "find what answers a question", "text"),
@@ -77,7 +80,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _tasks(options: argparse.Namespace) -> int:
-    from model.evaluation.report import json_text, text_table
+    from model.evaluation.report import json_text, pick_device, text_table
     from model.sgm.lifelong import LifelongOptions
     from model.sgm.runs import FULL, QUICK, RETENTION, VARIANTS, run_tasks
 
@@ -92,6 +95,7 @@ def _tasks(options: argparse.Namespace) -> int:
         model=_model(options.checkpoint),
         options=settings,
         evaluations=options.evaluations,
+        device=pick_device(options.device),
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     if options.json:
@@ -99,22 +103,27 @@ def _tasks(options: argparse.Namespace) -> int:
         return 0
     print(text_table(["strategy", *RETENTION], [[options.strategy, *result.row()]]))
     for count, milliseconds in result.latency.items():
-        print(f"a forward pass after {count} tasks: {milliseconds:.2f} ms")
+        print(f"a forward pass after {count} task{'s' if count != 1 else ''}: {milliseconds:.2f} ms")
     print(f"locks that changed: {', '.join(result.changed) or 'none'}")
     return 0
 
 
 def _stress(options: argparse.Namespace) -> int:
-    from model.evaluation.report import text_table
+    from model.evaluation.report import pick_device, text_table
     from model.sgm.runs import RETENTION, stress
 
-    rows = stress(5 if options.fast else 20, progress=lambda line: print(line, file=sys.stderr, flush=True))
+    rows = stress(
+        5 if options.fast else 20,
+        device=pick_device(options.device),
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     table = [[row.name, *row.retention.row(), f"{row.store_bytes / 1e6:.1f}"] for row in rows]
     print(text_table(["strategy", *RETENTION, "MB"], table))
     return 0
 
 
 def _improve(options: argparse.Namespace) -> int:
+    from model.evaluation.report import pick_device
     from model.sgm.runs import ImproveOptions, improve
 
     def say(iteration) -> None:
@@ -130,16 +139,18 @@ def _improve(options: argparse.Namespace) -> int:
         options.iterations,
         model=_model(options.checkpoint),
         options=ImproveOptions(evaluations=options.evaluations),
+        device=pick_device(options.device),
         progress=say,
     )
     return 0
 
 
 def _infer(options: argparse.Namespace) -> int:
+    from model.evaluation.report import pick_device
     from model.inference.generate import generate
     from model.sgm.lifelong import LifelongLearner
 
-    with LifelongLearner.open(options.out, read_only=True) as learner:
+    with LifelongLearner.open(options.out, read_only=True, device=pick_device(options.device)) as learner:
         text = options.text.encode(errors="surrogateescape")
         for piece in generate(learner.model, text, max_bytes=options.max_bytes, temperature=0.0):
             sys.stdout.buffer.write(piece.data)

@@ -219,14 +219,21 @@ class Learner:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`; the options have to be the same."""
+        """The inverse of `state`; the options have to be the same.
+
+        What was saved on another kind of device goes on with other random numbers: a card's generator is not a CPU's.
+        """
         known = {field.name for field in fields(LearnerOptions)}
         if {k: v for k, v in state["options"].items() if k in known} != asdict(self.options):
             raise ValueError(
                 f"options={asdict(self.options)}: accepted are those that learned so far, {state['options']}"
             )
         self.generations, self.evaluations = state["generations"], state["evaluations"]
-        self.generator.set_state(torch.tensor(state["random"], dtype=torch.uint8))
+        random = torch.tensor(state["random"], dtype=torch.uint8)
+        if len(random) == len(self.generator.get_state()):
+            self.generator.set_state(random)
+        else:
+            self.generator.manual_seed(self.evaluations)
 
 
 class _Search:

@@ -1,5 +1,6 @@
 """What `python -m model.sgm` runs: a hundred tasks, the stress test, and the loop that improves itself."""
 
+import copy
 import random
 import statistics
 import tempfile
@@ -65,16 +66,27 @@ def task_locks(model: AGIFormer) -> LockOptions:
     return replace(LOCKS, minimum=min(1.0, minimum), budget=min(1.0, budget))
 
 
-def latency(learner: LifelongLearner, repeats: int = 15) -> float:
-    """Median milliseconds of one forward pass of 1 × LENGTH bytes."""
-    x = torch.zeros(1, LENGTH, dtype=torch.uint8, device=learner.device)
-    times = []
+def latencies(models: dict[int, AGIFormer], repeats: int = 40) -> dict[int, float]:
+    """Median milliseconds of one forward pass of 1 × LENGTH bytes by each model.
+
+    They take turns, so that whatever else the machine does falls on all of them alike.
+    """
+    x = torch.zeros(1, LENGTH, dtype=torch.uint8, device=next(iter(models.values())).start.device)
+
+    def wait() -> None:
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+
+    times: dict[int, list[float]] = {count: [] for count in models}
     with torch.inference_mode():
-        for _ in range(repeats + 3):
-            start = time.perf_counter()
-            learner.model(x)
-            times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times[3:])
+        for _ in range(repeats + 3):  # the first warm up
+            for count, model in models.items():
+                wait()
+                start = time.perf_counter()
+                model(x)
+                wait()
+                times[count].append(time.perf_counter() - start)
+    return {count: 1000 * statistics.median(each[3:]) for count, each in times.items()}
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ class Retention:
     full: float  # share of the layer's inputs that are protected
     evaluations: int
     seconds: float
-    latency: dict[int, float]  # milliseconds of a forward pass after so many tasks
+    latency: dict[int, float]  # milliseconds of a forward pass before any task, and after so many
     changed: list[str]  # locks whose weights are not what they were: none
 
     def row(self) -> list[str]:
@@ -120,6 +132,7 @@ def run_tasks(
     options: LifelongOptions | None = None,
     evaluations: int = 500,
     target: float = 0.3,
+    device: str | torch.device = "cpu",
     progress: Callable[[str], None] = lambda line: None,
 ) -> Retention:
     """Learn `count` micro-tasks one after the other, and see what is left of the first.
@@ -133,16 +146,18 @@ def run_tasks(
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sgm"
         if (Path(folder) / "model.safetensors").exists():
-            learner = LifelongLearner.open(folder)
+            learner = LifelongLearner.open(folder, device=device)
             if options is not None and options != learner.options:
                 learner.store.close()
                 raise ValueError(f"folder={str(folder)!r}: accepted are its own options, {learner.options}")
         else:
             model = model or demonstration_model(HEAD[QUICK if count <= QUICK else FULL])
-            learner = LifelongLearner.create(folder, model, options, lock=task_locks(model))
+            learner = LifelongLearner.create(folder, model.to(device), options, lock=task_locks(model))
         stack.enter_context(learner)
-        start, latencies = time.perf_counter(), {}
+        start, versions = time.perf_counter(), {}
         first = len(learner.records)
+        if not first:
+            versions[0] = copy.deepcopy(learner.model)
         for i, task in enumerate(tasks[first:], start=first + 1):
             record = learner.learn(task, evaluations=evaluations, target=target, length=LENGTH)
             progress(
@@ -150,7 +165,7 @@ def run_tasks(
                 f" {record.locked} weights locked"
             )
             if i in LATENCY_AFTER:
-                latencies[i] = latency(learner)
+                versions[i] = copy.deepcopy(learner.model)
         records = learner.records[:count]
         now = learner.losses([record.task for record in records], LENGTH)
         ratios = now / torch.tensor([max(record.after, 1e-6) for record in records], device=now.device)
@@ -166,7 +181,7 @@ def run_tasks(
             full=max(full),
             evaluations=learner.learner.evaluations,
             seconds=time.perf_counter() - start,
-            latency=latencies,
+            latency=latencies(versions) if versions else {},
             changed=learner.store.verify(),
         )
 
@@ -209,6 +224,7 @@ def improve(
     *,
     model: AGIFormer | None = None,
     options: ImproveOptions | None = None,
+    device: str | torch.device = "cpu",
     progress: Callable[[Iteration], None] = lambda iteration: None,
 ) -> list[Iteration]:
     """The self-improvement loop: a category, a population on its modules, locks, and the best total kept as a snapshot.
@@ -218,15 +234,14 @@ def improve(
     options, folder = options or ImproveOptions(), Path(folder)
     tasks = category_tasks()
     if (folder / "model.safetensors").exists():
-        learner = LifelongLearner.open(folder)
+        learner = LifelongLearner.open(folder, device=device)
         if learner.options.learns:
             learner.store.close()
             raise ValueError(f"folder={str(folder)!r}: accepted is one of `improve`; this one learns tasks")
     else:
         settings = LifelongOptions(learns=(), directions=False)
-        learner = LifelongLearner.create(
-            folder, model or demonstration_model(128), settings, learner=LearnerOptions(), lock=options.lock
-        )
+        model = (model or demonstration_model(128)).to(device)
+        learner = LifelongLearner.create(folder, model, settings, learner=LearnerOptions(), lock=options.lock)
     done = []
     with learner:
         parts = {name: torch.zeros_like(learner.learner.locked) for name in modules(learner.model)}
@@ -303,7 +318,11 @@ class Stress:
 
 
 def stress(
-    count: int, *, dtypes: tuple[str, ...] = ("float32", "float16"), progress: Callable[[str], None] = lambda line: None
+    count: int,
+    *,
+    dtypes: tuple[str, ...] = ("float32", "float16"),
+    device: str | torch.device = "cpu",
+    progress: Callable[[str], None] = lambda line: None,
 ) -> list[Stress]:
     """Train, retention, storage and timing of every strategy and storage type on the first `count` tasks."""
     rows = []
@@ -312,7 +331,7 @@ def stress(
     for name, changes, dtype in strategies:
         with tempfile.TemporaryDirectory() as folder:
             options = replace(LifelongOptions(), dtype=dtype, **changes)
-            retention = run_tasks(count, folder=Path(folder) / "sgm", options=options)
+            retention = run_tasks(count, folder=Path(folder) / "sgm", options=options, device=device)
             size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
         label = name if dtype == "float32" else f"{name}, {dtype}"
         rows.append(Stress(label, retention, size))

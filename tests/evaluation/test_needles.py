@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from model.evaluation.haystack import KEY_BYTES, LANGUAGES
+from model.data.haystack import KEY_BYTES, LANGUAGES
 from model.evaluation.recall import PASS_ACCURACY, make_needles, needle_accuracy
 
 

@@ -444,6 +444,14 @@ def test_going_on_from_a_state_is_as_going_on(options):
     assert resumed.learn(*batch, evaluations=100) == second
     assert torch.equal(resumed.values, whole.values) and resumed.state() == whole.state()
 
+    elsewhere = state | {"random": [0] * 16}  # as long as a card's
+    drawn = []
+    for _ in range(2):
+        learner = Learner(Watched(module), options, seed=len(drawn))
+        learner.load_state(elsewhere)
+        drawn.append(torch.rand(3, generator=learner.generator))
+    assert torch.equal(*drawn) and learner.evaluations == state["evaluations"]
+
     other = Learner(Watched(module), LearnerOptions(population=13))
     with pytest.raises(ValueError, match=r"options=.*accepted are those that learned so far"):
         other.load_state(state)

@@ -20,6 +20,7 @@ from model.sgm.storage import StoreBusy, WeightStore
 from model.sgm.tasks import Task, ordinary
 from model.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.conftest import fork, make_random_model
+from tests.genesis.test_replay import needs_cuda
 
 HEAD = "head.output.weight"
 EMBEDDINGS = ("encoder.embedding.weight", "head.bytes.weight")
@@ -107,6 +108,25 @@ def test_going_on_is_as_never_having_stopped(tmp_path, kind, monkeypatch):
         assert progress(opened) == known
     assert coalitions[:4] == coalitions[4:]
     assert all(a != b for a, b in itertools.pairwise(coalitions))
+
+
+@needs_cuda
+def test_a_folder_learns_on_a_card_and_on_the_cpu_in_turns(tmp_path):
+    with make(tmp_path / "a") as begun:
+        begun.learn(TASKS[0], evaluations=40)
+        losses, locked = begun.losses(TASKS), begun.store.locked
+        kept = begun.store.values[locked]
+    for device, task in (("cuda", TASKS[1]), ("cuda", TASKS[2]), ("cpu", TASKS[3])):
+        with LifelongLearner.open(tmp_path / "a", device=device) as opened:
+            assert opened.device.type == opened.learner.values.device.type == device
+            if task is TASKS[1]:
+                torch.testing.assert_close(opened.losses(TASKS).cpu(), losses, rtol=1e-4, atol=1e-4)
+            before = opened.losses([task]).item()
+            record = opened.learn(task, evaluations=100)
+            assert record.after < before - 0.1
+            assert opened.losses([task]).item() == pytest.approx(record.after, rel=1e-4)
+            assert torch.equal(opened.store.values[locked], kept)
+            assert opened.store.verify() == []
 
 
 def test_seeds_differ(tmp_path):

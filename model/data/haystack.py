@@ -1,6 +1,7 @@
-"""The words of the needle test: neutral sentences, needles and their questions, in English and Turkish.
+"""The words of needles in haystacks: neutral sentences, needles and their questions, in English and Turkish.
 
-Sentences contain no digit and no key word, so an answer stands in a prompt once: in its needle.
+Sentences contain no digit and no key word, so an answer stands in a prompt once: in its needle. `needles` are learned
+from (model.data.recall) and tested; `held_out` phrasings are only ever tested.
 """
 
 import random
@@ -16,6 +17,7 @@ class Language:
     """Parts of sentences. `sentence` and the needles are templates over the other fields.
 
     needles: (needle, question up to the answer), both over {who}, the needle also over {key}.
+    held_out: the same, in words that no task to learn from has.
     keys: words of KEY_BYTES bytes that occur nowhere else in the language's sentences.
     """
 
@@ -28,6 +30,7 @@ class Language:
     times: tuple[str, ...]
     who: tuple[str, ...]
     needles: tuple[tuple[str, str], ...]
+    held_out: tuple[tuple[str, str], ...]
     keys: tuple[str, ...]
     capital_i: str = "I"
 
@@ -100,6 +103,13 @@ ENGLISH = Language(
         ("The secret code of {who} is {key}.", "What is the secret code of {who}? The secret code of {who} is "),
         ("{who} chose the password {key}.", "Which password did {who} choose? {who} chose the password "),
         ("Remember this about {who}: the answer is {key}.", "Now recall. Remember this about {who}: the answer is "),
+        ("The key of {who} is {key}.", "Tell me the key of {who}. It is "),
+        ("{who} lives at number {key}.", "Where does {who} live? At number "),
+        ("Note that {who} has the badge {key}.", "Which badge does {who} have? The badge "),
+    ),
+    held_out=(
+        ("The safe of {who} opens with {key}.", "What opens the safe of {who}? The safe of {who} opens with "),
+        ("For {who} the magic word is {key}.", "What is the magic word for {who}? The magic word is "),
     ),
     keys=words(
         "bird lamp frog rust ship corn drum wolf salt moon kite pear rope milk iron crab leaf tent jazz plum "
@@ -154,6 +164,13 @@ TURKISH = Language(
         ("{who} için gizli kod {key} olarak seçildi.", "{who} için gizli kod nedir? {who} için gizli kod "),
         ("{who} tarafından seçilen parola: {key}.", "Parola hangisi? {who} tarafından seçilen parola: "),
         ("{who} hakkında bunu unutma: cevap {key}.", "Şimdi hatırla. {who} hakkında bunu unutma: cevap "),
+        ("{who} adlı kişinin anahtarı {key}.", "{who} adlı kişinin anahtarını söyle. Anahtar "),
+        ("{who} şu numarada oturuyor: {key}.", "{who} nerede oturuyor? Numarası "),
+        ("Not et, {who} için rozet {key}.", "{who} hangi rozeti taşıyor? Rozet "),
+    ),
+    held_out=(
+        ("{who} kasasını {key} ile açıyor.", "{who} kasasını ne ile açıyor? {who} kasasını "),
+        ("{who} için sihirli söz {key}.", "{who} için sihirli söz nedir? Sihirli söz "),
     ),
     keys=words(
         "elma kedi kuzu balo deve lale nane nota rota saat okul ordu uzay bina etek fare gemi inek kafa kova mavi "
