@@ -43,6 +43,10 @@ def parse_arguments() -> argparse.Namespace:
         "--amp", help="auto, bf16, fp16 or off (default: auto, which is bf16 or fp16 on CUDA, off on a CPU)"
     )
 
+    how.add_argument(
+        "--recall", type=float, metavar="SHARE", help="of rows that get recall tasks (default: as the curriculum says)"
+    )
+
     petals = parser.add_argument_group("petals and growth (docs/petals.md, docs/growth.md)")
     petals.add_argument("--hull", help="kind of the petals: convex or swiglu (default: convex)")
     petals.add_argument("--petals", type=int, metavar="N", help="petals of a hull, at equal weights (default: 4)")

@@ -1,8 +1,8 @@
 """AGIFormer: bytes in, logits of the same bytes out; its loss; and the state that carries it along a stream.
 
     Bytes → ByteLatentEncoder → HybridBlock × n → RecurrentReasoningBlock → LocalAutoregressiveHead → logits
-            (patches)           (window attention   (thinking steps)         (GRU over a patch)
-                                 + fast weights)
+            (patches)           (window attention   (thinking steps)         (GRU over a patch
+                                 + fast weights)                              + fast weights over bytes)
 
 Notable: the sequence of latents begins with a learned start latent, so that position i of the trunk has read
 exactly the patches before patch i and predicts it. Nothing is padded or shifted inside the trunk.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.config import AGIFormerConfig
 from model.layers.block import BlockState, HybridBlock
+from model.layers.byte_memory import ByteMemory
 from model.layers.encoder import ByteLatentEncoder
 from model.layers.head import BEGIN, LocalAutoregressiveHead
 from model.layers.norm import rms_norm
@@ -77,7 +78,7 @@ class AGIFormer(nn.Module):
         self.blocks = nn.ModuleList(HybridBlock(D, config.n_heads, config) for _ in range(config.n_layers))
         self.columns = nn.ModuleList()
         self.reasoning = RecurrentReasoningBlock(D, config.reasoning_dim, config.thinking_steps)
-        self.head = LocalAutoregressiveHead(D, config.head_dim)
+        self.head = LocalAutoregressiveHead(D, config.head_dim, byte_memory(config))
         self.plasticity: Tensor
         self.register_buffer("plasticity", torch.tensor(float(config.plasticity)))
         # Added to the latents after each block. Not trained: GENESIS's amplifier moves them.
@@ -127,12 +128,17 @@ class AGIFormer(nn.Module):
 
     def read_out(self, z: Tensor, x: Tensor) -> Tensor:
         """Logits [B, L, 256] of x [B, L] by the latents z [B, ceil(L / P), width] that predict its patches."""
-        return self.head(z, self.previous_bytes(x)).flatten(1, 2)[:, : x.shape[1]]
+        return self.head(z, self.previous_bytes(x), self.plasticity).flatten(1, 2)[:, : x.shape[1]]
 
-    def loss(self, x: Tensor, *, thinking_steps: int | None = None) -> Tensor:
-        """Mean cross-entropy of x [B, L] in nats per byte, a scalar; BPC is this over ln 2."""
-        logits = self(x, thinking_steps=thinking_steps)
-        return F.cross_entropy(logits.flatten(0, 1), x.flatten().long())
+    def loss(self, x: Tensor, weights: Tensor | None = None, *, thinking_steps: int | None = None) -> Tensor:
+        """Mean cross-entropy of x [B, L] in nats per byte, a scalar; BPC is this over ln 2.
+
+        `weights` [B, L] ≥ 0 say how much each byte counts in the mean; all alike when None.
+        """
+        logits = self(x, thinking_steps=thinking_steps).flatten(0, 1)
+        if weights is None:
+            return F.cross_entropy(logits, x.flatten().long())
+        return weighted_mean(F.cross_entropy(logits, x.flatten().long(), reduction="none"), weights.flatten())
 
     def start_latents(self, batch_size: int) -> Tensor:
         """What stands before the first patch: [B, 1, D], the channels of added columns included."""
@@ -326,6 +332,20 @@ class AGIFormer(nn.Module):
     def parameter_count(self) -> int:
         """Number of values in all parameters, frozen ones included."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean of `values` in which each counts as its weight says; both of one shape. 0 when no weight is above 0."""
+    return (values * weights).sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def byte_memory(config: AGIFormerConfig) -> ByteMemory | None:
+    """The memory of a model's head, as its config has it."""
+    if not config.recall_heads:
+        return None
+    return ByteMemory(
+        config.head_dim, config.recall_heads, config.recall_dim, config.recall_rule, config.patch_size
+    )
 
 
 @torch.no_grad()

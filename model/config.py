@@ -36,6 +36,9 @@ class AGIFormerConfig:
     thinking_steps: int = 3  # K: passes of the reasoning block; can be set per call
     reasoning_dim: int = 2048  # hidden units of the reasoning block's MLP
     head_dim: int = 512  # width of the GRU that writes the bytes of a patch
+    recall_heads: int = 4  # heads of the byte head's own fast weights; 0 is none
+    recall_dim: int = 64  # width of such a head
+    recall_rule: str = "delta"  # how they are written: "delta" or "hebbian"
     rope_base: float = 10_000.0  # wavelength scale of the rotary phases, in patches
     plasticity: float = 0.99  # α before a curriculum sets it
     anchors: bool = False  # whether a bias follows every block, moved by GENESIS's amplifier (model.genesis.amplifier)
@@ -50,8 +53,9 @@ class AGIFormerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 raise ValueError(f"{name}={value!r}: accepted is a number from {low} to {high}")
-        if self.memory_rule not in MEMORY_RULES:
-            raise ValueError(f"memory_rule={self.memory_rule!r}: accepted are {', '.join(MEMORY_RULES)}")
+        for name in ("memory_rule", "recall_rule"):
+            if getattr(self, name) not in MEMORY_RULES:
+                raise ValueError(f"{name}={getattr(self, name)!r}: accepted are {', '.join(MEMORY_RULES)}")
         if self.hull not in HULLS:
             raise ValueError(f"hull={self.hull!r}: accepted are {', '.join(HULLS)}")
         if not isinstance(self.anchors, bool):
@@ -101,7 +105,7 @@ class AGIFormerConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"config field {unknown[0]!r}: accepted are {', '.join(sorted(known))}")
-        return cls(**values)
+        return cls(**({"recall_heads": 0} | values))  # a config that does not speak of them is older than they are
 
 
 _INTEGER_RANGES = (
@@ -117,6 +121,8 @@ _INTEGER_RANGES = (
     ("thinking_steps", 0, 64),
     ("reasoning_dim", 1, 131072),
     ("head_dim", 8, 16384),
+    ("recall_heads", 0, 256),
+    ("recall_dim", 1, 1024),
 )
 _FLOAT_RANGES = (("rope_base", 1.0, 1e12), ("plasticity", 0.0, 1.0))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .crops import CROPS
 from .errors import DataError, one_line
+from .recall import RecallOptions
 from .sources import SourceSpec
 
 _FOLDER = Path(__file__).parent / "curricula"
@@ -25,8 +26,9 @@ LOCAL_FOLDER = "corpora"
 class Stage:
     """One stage: `source` for `share` of the steps, in (0, 1], at plasticity α in [0, 1].
 
-    `seq_len` in bytes, or None for the run's own; `crops` is "any" or "document" (see CropSampler). Raises DataError
-    naming stage, field, value and what is accepted.
+    `seq_len` in bytes, or None for the run's own; `crops` is "any" or "document" (see CropSampler); `recall` is what
+    recall tasks are mixed in, given as RecallOptions, a table of them, or their share alone. Raises DataError naming
+    stage, field, value and what is accepted.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Stage:
     plasticity: float
     seq_len: int | None = None
     crops: str = "any"
+    recall: RecallOptions | float | dict = 0.0
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and self.name):
@@ -50,6 +53,17 @@ class Stage:
             raise self._bad("seq_len", "an integer of at least 1 byte, or nothing")
         if self.crops not in CROPS:
             raise self._bad("crops", " or ".join(CROPS))
+        if not isinstance(self.recall, RecallOptions):
+            object.__setattr__(self, "recall", self._recall(self.recall))
+
+    def _recall(self, value) -> RecallOptions:
+        try:
+            if isinstance(value, dict):
+                _check_keys("recall", value, tuple(field.name for field in fields(RecallOptions)))
+                return RecallOptions(**({"share": None} | value))
+            return RecallOptions(value)
+        except DataError as error:
+            raise DataError(f"stage {self.name}: {error}") from error
 
     def _bad(self, field: str, accepted: str) -> DataError:
         return DataError(f"stage {self.name}: field {field}={getattr(self, field)!r}: accepted is {accepted}")
@@ -106,6 +120,8 @@ class Curriculum:
             length = f", seq_len {stage.seq_len}" if stage.seq_len else ""
             crops = f", crops {stage.crops}" if stage.crops != "any" else ""
             share = f"{100 * stage.share:.4g}% of steps"
+            if stage.recall.share:
+                crops += f", recall tasks in {100 * stage.recall.share:.4g}% of rows"
             lines.append(f"  {stage.name}: {stage.source.label}, {share}, α {stage.plasticity:g}{length}{crops}")
         return "\n".join(lines)
 

@@ -47,7 +47,7 @@ class RecallOptions:
         share: of a batch's rows that get tasks, from 0 to 1.
         tasks: kinds that are drawn, evenly.
         languages: of needles, "en", "tr".
-        answer_weight: of an answer's bytes in the loss, > 0.
+        answer_weight: of an answer's bytes in the loss, > 1: an answer is no text.
     """
 
     share: float
@@ -60,11 +60,15 @@ class RecallOptions:
         object.__setattr__(self, "languages", tuple(self.languages))
         if not (_is_number(self.share) and 0 <= self.share <= 1):
             raise DataError(f"recall share={self.share!r}: accepted is a number from 0 to 1")
-        if not (_is_number(self.answer_weight) and 0 < self.answer_weight < math.inf):
-            raise DataError(f"recall answer_weight={self.answer_weight!r}: accepted is a number above 0")
+        if not (_is_number(self.answer_weight) and 1 < self.answer_weight < math.inf):
+            raise DataError(f"recall answer_weight={self.answer_weight!r}: accepted is a number above 1")
         for name, values, known in (("tasks", self.tasks, TASKS), ("languages", self.languages, tuple(LANGUAGES))):
             if not values or any(value not in known for value in values):
                 raise DataError(f"recall {name}={list(values)!r}: accepted are one or more of {', '.join(known)}")
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, as JSON gives them back."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
 
 def mix(
@@ -96,6 +100,11 @@ def mix(
         batch[row] = torch.from_numpy(np.frombuffer(made.data, np.uint8).copy())
         weights[row] = torch.from_numpy(made.weights(options.answer_weight))
     return batch, weights
+
+
+def is_text(weights: Tensor) -> Tensor:
+    """Which bytes of weights [B, L] belong to text, as 1 and 0 of the weights' type."""
+    return (weights == 1).to(weights.dtype)
 
 
 @dataclass

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model.agiformer import AGIFormer, TrunkState
+from model.layers.byte_memory import ByteMemoryState
 from model.layers.head import BEGIN
 
 PIECE = 256  # patches taken through the trunk at once while reading a long prompt: bounds the working memory
@@ -15,7 +16,8 @@ class ByteStream:
     """Batched streaming state of a model; its logits equal the full forward's at every byte.
 
     The state is the blocks' window caches and fast weights, the last `patch_overlap` bytes of the patch before, the
-    open patch, and the GRU's hidden state in it. Its size stops growing once the attention window is full.
+    open patch, the GRU's hidden state in it, and the byte memory. Its size stops growing once the attention window is
+    full.
 
     Args:
         model: the model, read without gradients, with its plasticity as it is.
@@ -44,6 +46,7 @@ class ByteStream:
         self._tail: Tensor | None = None  # [B, overlap] last bytes before the open patch
         self._boundary = torch.full((batch_size, 1), BEGIN, device=self.device)  # the byte before the open patch
         self._open = torch.empty(batch_size, 0, dtype=torch.long, device=self.device)
+        self._recall: ByteMemoryState | None = None
         with torch.no_grad():
             self._begin_patch(self._advance(model.start_latents(batch_size))[:, -1])
 
@@ -62,7 +65,7 @@ class ByteStream:
     def logits(self) -> Tensor:
         """Logits of the next byte, [B, 256] float32."""
         self._check_model()
-        return self.model.head.logits(self._hidden)
+        return self._logits()
 
     def clone(self) -> "ByteStream":
         """An independent copy of the state, sharing the model: a branch of the stream."""
@@ -74,7 +77,7 @@ class ByteStream:
     def state_bytes(self) -> int:
         """Size of the state in bytes."""
         tensors = [self._tail, self._boundary, self._open, self._latent, self._hidden, self._conditioned]
-        tensors += self._trunk.tensors()
+        tensors += self._trunk.tensors() + ([] if self._recall is None else [*self._recall.tensors(), self._recalled])
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def _check_model(self) -> None:
@@ -111,6 +114,21 @@ class ByteStream:
         self._latent = latent
         hidden, self._conditioned = self.model.head.begin(latent)
         self._hidden = self.model.head.step(self._boundary[:, 0], hidden, self._conditioned)
+        self._remember(self._hidden.unsqueeze(1), self._boundary)
+
+    def _remember(self, hidden: Tensor, previous: Tensor) -> Tensor | None:
+        """Take the states [B, n, head_dim] that predict the next bytes, and the bytes [B, n] before those, into the
+        byte memory → its votes [B, n, 256]. The last of them is part of the next byte's logits."""
+        memory = self.model.head.memory
+        if memory is None or not hidden.shape[1]:
+            return None
+        recalled, self._recall = memory(hidden, previous, self.model.plasticity, self._recall)
+        self._recalled = recalled[:, -1]
+        return recalled
+
+    def _logits(self) -> Tensor:
+        logits = self.model.head.logits(self._hidden)
+        return logits if self._recall is None else logits + self._recalled
 
     def _read(self, x: Tensor, score: bool) -> Tensor | None:
         P = self.model.config.patch_size
@@ -132,10 +150,11 @@ class ByteStream:
         scored = []
         for byte in piece.unbind(1):
             if score:
-                scored.append(self.logits())
+                scored.append(self._logits())
             self._hidden = self.model.head.step(byte, self._hidden, self._conditioned)
+            self._remember(self._hidden.unsqueeze(1), byte.unsqueeze(1))
         self._open = torch.cat([self._open, piece], 1)
-        return torch.stack(scored, 1) if score else None
+        return torch.stack(scored, 1) if scored else None
 
     def _read_across(self, piece: Tensor, score: bool) -> Tensor | None:
         """Bytes that complete at least one patch: whole patches go through the trunk together."""
@@ -143,14 +162,21 @@ class ByteStream:
         known = torch.cat([self._open, piece], 1)
         whole = known.shape[1] // P * P
         z = self._advance(self.model.encoder(known[:, :whole], self._tail))
+        head, read = self.model.head, self._open.shape[1]
         scored = None
-        if score:
-            latents = torch.cat([self._latent.unsqueeze(1), z], 1)[:, : -(-known.shape[1] // P)]
-            logits = self.model.head(latents, self.model.previous_bytes(known, self._boundary)).flatten(1, 2)
-            scored = logits[:, self._open.shape[1] : known.shape[1]]
+        if score or head.memory is not None:
+            # The state that predicts byte `read` is known: it is of the open patch, whose first bytes come again here.
+            latents = torch.cat([self._latent.unsqueeze(1), z[:, :-1]], 1)
+            previous = self.model.previous_bytes(known[:, :whole], self._boundary)
+            hidden = head.states(latents, previous).flatten(1, 2)[:, read + 1 :]
+            first = self._logits().unsqueeze(1) if score else None
+            recalled = self._remember(hidden, previous.flatten(1)[:, read + 1 :])
+            if score:
+                logits = head.logits(hidden)
+                scored = [first, logits if recalled is None else logits + recalled]
         self._tail = known[:, whole - overlap : whole]
         self._boundary = known[:, whole - 1 : whole]
         self._open = known[:, :0]
         self._begin_patch(z[:, -1])
-        self._read_inside(known[:, whole:], score=False)
-        return scored
+        rest = self._read_inside(known[:, whole:], score)
+        return torch.cat([*scored, *([] if rest is None else [rest])], 1) if score else None

@@ -180,10 +180,42 @@ def chunked_delta(
     solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
     targets, lookups = solved.split(v.shape[-1], -1)
 
+    # A chunk turns the state before it into A M + W: all chunks' A and W at once, and then one product a chunk.
     M, z = state
-    outputs = []
-    for n in range(q.shape[2]):
-        u = targets[:, :, n] - lookups[:, :, n] @ M
-        outputs.append(scores[:, :, n] @ u + since_start[:, :, n] * (q[:, :, n] @ M))
-        M = total[:, :, n] * M + keys_at_end[:, :, n].transpose(-1, -2) @ u
-    return torch.cat(outputs, 2)[:, :, :T], (M, z)
+    keys_at_end = keys_at_end.transpose(-1, -2)
+    writes = keys_at_end @ targets
+    turns = total * torch.eye(M.shape[-1], dtype=M.dtype, device=M.device) - keys_at_end @ lookups
+    M_in, M = apply(_ChainOfStates, turns, writes, M)
+    out = scores @ (targets - lookups @ M_in) + (since_start * q) @ M_in
+    return out.flatten(2, 3)[:, :, :T], (M, z)
+
+
+class _ChainOfStates(torch.autograd.Function):
+    """M_{n+1} = A_n M_n + W_n over chunks: A, W [B, H, N, E, E], M_0 [B, H, E, E] → M_0 … M_{N−1} [B, H, N, E, E], M_N.
+
+    The only part of the delta rule that has to go chunk by chunk, forward and back.
+    """
+
+    @staticmethod
+    def forward(ctx, A, W, M):
+        shape = M.shape
+        M, states = M.flatten(0, 1), []
+        for turn, write in zip(A.flatten(0, 1).unbind(1), W.flatten(0, 1).unbind(1)):
+            states.append(M)
+            M = torch.baddbmm(write, turn, M)
+        states = torch.stack(states, 1).unflatten(0, shape[:2])
+        ctx.save_for_backward(A, states)
+        return states, M.view(shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_states, d_M):
+        A, states = ctx.saved_tensors
+        turned = A.transpose(-1, -2).flatten(0, 1).unbind(1)
+        own = d_states.flatten(0, 1).unbind(1)
+        d_M, after = d_M.flatten(0, 1), []
+        for turn, d_state in zip(reversed(turned), reversed(own)):
+            after.append(d_M)  # the gradient of what this chunk hands on
+            d_M = torch.baddbmm(d_state, turn, d_M)
+        d_W = torch.stack(after[::-1], 1).unflatten(0, A.shape[:2])
+        return d_W @ states.transpose(-1, -2), d_W, d_M.view(A.shape[:2] + d_M.shape[1:])

@@ -1,9 +1,10 @@
-"""LocalAutoregressiveHead: a GRU that writes the bytes of a patch from its latent."""
+"""LocalAutoregressiveHead: a GRU that writes the bytes of a patch from its latent, and a memory of what it has read."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.layers.byte_memory import ByteMemory
 from model.layers.norm import rms_norm
 
 BEGIN = 256  # stands for "no byte yet" at the very start of a text
@@ -15,9 +16,12 @@ class LocalAutoregressiveHead(nn.Module):
     Byte j of a patch is predicted after the byte before it, so that byte 0 also sees the last byte of the patch before.
     The input weights act on a byte only through an embedding, and on the latent once per patch: neither costs a
     matrix product per byte.
+
+    Attributes:
+        memory: votes beside the GRU by what it has read (`ByteMemory`), or None.
     """
 
-    def __init__(self, d_model: int, head_dim: int):
+    def __init__(self, d_model: int, head_dim: int, memory: ByteMemory | None = None):
         super().__init__()
         self.initial = nn.Linear(d_model, head_dim)
         self.condition = nn.Linear(d_model, 3 * head_dim)  # latent → input of reset, update and candidate gates
@@ -26,6 +30,7 @@ class LocalAutoregressiveHead(nn.Module):
         self.output = nn.Linear(head_dim, 256)
         self.d_model = d_model
         self.columns = nn.ModuleList()  # what reads the channels of added columns: `add_column`
+        self.memory = memory
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -58,8 +63,8 @@ class LocalAutoregressiveHead(nn.Module):
         logits = self.output(rms_norm(hidden))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def forward(self, latents: Tensor, previous: Tensor) -> Tensor:
-        """Teacher-forced: latents [B, T, D], previous [B, T, P] the byte before each byte → logits [B, T, P, 256]."""
+    def states(self, latents: Tensor, previous: Tensor) -> Tensor:
+        """latents [B, T, D], previous [B, T, P] the byte before each byte → hidden [B, T, P, head_dim]."""
         hidden, conditioned = self.begin(latents)
         # Cast the table, not what is gathered from it: that is the largest tensor of the model.
         inputs = F.embedding(previous.long(), self.bytes.weight.to(conditioned.dtype)) + conditioned.unsqueeze(2)
@@ -67,7 +72,18 @@ class LocalAutoregressiveHead(nn.Module):
         for x in inputs.unbind(2):
             hidden = self._cell(x, hidden)
             states.append(hidden)
-        return self.logits(torch.stack(states, 2))
+        return torch.stack(states, 2)
+
+    def forward(self, latents: Tensor, previous: Tensor, plasticity: Tensor | None = None) -> Tensor:
+        """Teacher-forced, from the start of a text: latents [B, T, D], previous [B, T, P] the byte before each byte,
+        α of the memory (1 when None) → logits [B, T, P, 256]."""
+        hidden = self.states(latents, previous)
+        logits = self.logits(hidden)
+        if self.memory is not None:
+            plasticity = hidden.new_ones(()) if plasticity is None else plasticity
+            recalled, _ = self.memory(hidden.flatten(1, 2), previous.flatten(1), plasticity)
+            logits = logits + recalled.view_as(logits)
+        return logits
 
     def _cell(self, inputs: Tensor, hidden: Tensor) -> Tensor:
         reset_in, update_in, candidate_in = inputs.chunk(3, -1)

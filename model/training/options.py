@@ -66,6 +66,7 @@ class TrainingOptions:
     grow_rule: str = "student-t"  # of "auto": when
     grow_by: str = "petals"  # of "auto": what, "petals" or "blocks"
     grow_left: str = "frozen"  # whether the tree that was there goes on learning: "frozen" or "thawed"
+    recall: float | None = None  # share of rows that get recall tasks, in all stages; the curriculum's own when None
     genesis: str = "on"  # what "auto" means below: "off", "on" (what has earned its place) or "all"
     replay: str = "auto"  # rehearse earlier stages: "off", "recomputed" (from bytes) or "stored" (latents)
     replay_rows: int | None = None  # sequences that rehearse in a step; 1/16 of the batch when None
@@ -107,6 +108,7 @@ class TrainingOptions:
             *((name, SWITCH) for name in ("persistence", "learning_curve", "balance")),
         ):
             self._accept(name, f"one of {', '.join(accepted)}", lambda v, accepted=accepted: v in accepted)
+        self._accept("recall", "a number from 0 to 1", lambda v: v is None or 0 <= v <= 1)
         self._accept("freeze_threshold", "a number > 0", lambda v: v is None or 0 < v < float("inf"))
         self._accept("replay_rows", "an integer ≥ 1", lambda v: v is None or (_is_int(v) and v >= 1))
         self._accept("replay_size", "an integer ≥ 1", lambda v: _is_int(v) and v >= 1)

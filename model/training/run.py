@@ -128,7 +128,7 @@ def _options(
         "persistence",
         "persistence_strength",
     )
-    names += ("learning_curve", "balance")
+    names += ("learning_curve", "balance", "recall")
     given = {name: getattr(arguments, name) for name in names}
     for name in ("hull", "petals"):
         if getattr(arguments, name) is not None:

@@ -8,9 +8,11 @@ same to the bit.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from model.agiformer import AGIFormer
+from model.agiformer import AGIFormer, weighted_mean
+from model.data.recall import is_text
 from model.training.distributed import Workers
 from model.training.genesis import Genesis
 from model.training.optimizer import MuonAdamW
@@ -55,21 +57,33 @@ class TrainingStep:
             # Eager and captured steps on one side stream, as capture wants it.
             self._stream = torch.cuda.Stream()
 
-    def run(self, batch: Tensor) -> Tensor:
-        """Train on batch [B, L] uint8 (pinned, if on the host) → the loss in nats per byte, a device scalar."""
+    def run(self, batch: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Train on batch [B, L] uint8 (pinned, if on the host).
+
+        Args:
+            weights: [B, L] float32 ≥ 0, how much each byte counts; all alike when None.
+
+        Returns:
+            The loss in nats per byte, a device scalar: with weights, of the bytes of weight 1, which are text.
+        """
         if not self.graph:
-            return self._step(batch.to(self.device, non_blocking=True))
-        if tuple(batch.shape) != self._shape:
-            self._shape = tuple(batch.shape)
+            there = weights if weights is None else weights.to(self.device, non_blocking=True)
+            return self._step(batch.to(self.device, non_blocking=True), there)
+        shape = (*batch.shape, weights is None)
+        if shape != self._shape:
+            self._shape = shape
             self._captured = None
             self._eager_left = EAGER_STEPS
             self._input = torch.empty(batch.shape, dtype=batch.dtype, device=self.device)
+            self._weights = None if weights is None else torch.empty_like(weights, device=self.device)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._input.copy_(batch, non_blocking=True)
+            if weights is not None:
+                self._weights.copy_(weights, non_blocking=True)
             if self._eager_left:
                 self._eager_left -= 1
-                loss = self._step(self._input)
+                loss = self._step(self._input, self._weights)
             else:
                 if self._captured is None:
                     self._capture()
@@ -85,17 +99,19 @@ class TrainingStep:
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
-            self._loss = self._step(self._input)
+            self._loss = self._step(self._input, self._weights)
         self._captured = graph
 
-    def _step(self, x: Tensor) -> Tensor:
+    def _step(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         model, optimizer, scaler, genesis = self.model, self.optimizer, self.scaler, self.genesis
         optimizer.zero_grad()
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            if genesis is None:
+            if genesis is not None:
+                loss, total = genesis.losses(x, weights)  # 1. main loss; 2. replay loss, balanced
+            elif weights is None:
                 loss = total = model.loss(x)  # 1. main loss
             else:
-                loss, total = genesis.losses(x)  # 1. main loss; 2. replay loss, balanced
+                loss, total = text_and_task_loss(model, x, weights)  # 1. main loss, answers counting more
         scaler.scale(total).backward()  # 4. backward,
         self.workers.average_(optimizer.grads)
         scaler.unscale_(optimizer)  #    unscale
@@ -127,3 +143,9 @@ class TrainingStep:
             saved["scale"] = state["scaler.scale"].item()
             saved["_growth_tracker"] = int(state["scaler.growth"].item())
             self.scaler.load_state_dict(saved)
+
+
+def text_and_task_loss(model: AGIFormer, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, L], weights [B, L] → the mean loss of its text, for the record, and the weighted one, to be minimised."""
+    each = F.cross_entropy(model(x).flatten(0, 1), x.flatten().long(), reduction="none").view(x.shape)
+    return weighted_mean(each.detach(), is_text(weights)), weighted_mean(each, weights)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from model.agiformer import AGIFormer
 from model.config import AGIFormerConfig
 from model.data import CropSampler, Curriculum, open_store
+from model.data.recall import mix
 from model.evaluation.bpc import bits_per_byte
 from model.evaluation.convexity import hull_radii
 from model.evaluation.plots import plot_curriculum
@@ -43,6 +44,7 @@ from model.training.options import TrainingOptions
 from model.training.schedule import learning_rate
 from model.training.step import TrainingStep
 
+DIFFICULT_FROM = 0.5  # share of the steps with recall tasks after which these are as hard as they get
 LOG_EVERY = 10  # steps between readings of the loss: the only synchronisation along the way
 
 
@@ -98,6 +100,10 @@ class Trainer:
                 f"steps={options.steps}: accepted is at least one for each of {len(curriculum.stages)} stages"
             )
         self.boundaries = curriculum.boundaries(options.steps)
+        self.recall = [
+            stage.recall if options.recall is None else replace(stage.recall, share=options.recall)
+            for stage in curriculum.stages
+        ]
         self._open_data(cache_dir)
         torch.manual_seed(options.seed)
         anchored = options.genesis_options.anchors
@@ -224,6 +230,7 @@ class Trainer:
                     "start": self.boundaries[i - 1] if i else 0,
                     "end": self.boundaries[i],
                     "seq_len": stage.seq_len or self.options.seq_len,
+                    "recall": self.recall[i].to_dict(),
                     "train_bytes": len(store.train),
                     "val_bytes": len(store.val),
                     "source": store.meta["sha256"],
@@ -304,11 +311,27 @@ class Trainer:
             # follows from the step keeps workers and resumed runs apart from such histories.
             self._seed_cpu(self.workers.rank)
         self.model.set_plasticity(self.curriculum.stages[index].plasticity)
-        batch = self._sampler(index).next()
+        batch, weights = self._batch(index)
         if self.device.type == "cuda":
-            batch = batch.pin_memory()
-        self.losses[self.step % LOG_EVERY] = self.training_step.run(batch)
+            batch, weights = (each if each is None else each.pin_memory() for each in (batch, weights))
+        self.losses[self.step % LOG_EVERY] = self.training_step.run(batch, weights)
         self.step += 1
+
+    def _batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The next batch [B, L] of a stage, and how much its bytes count [B, L]: None in a stage without tasks."""
+        batch, recall = self._sampler(index).next(), self.recall[index]
+        if not recall.share:
+            return batch, None
+        return mix(
+            batch, recall, difficulty=self._difficulty(), seed=self.options.seed, index=self.step, rank=self.workers.rank
+        )
+
+    def _difficulty(self) -> float:
+        """Of the tasks of this step: it rises from 0 to 1 over the first half of all steps with tasks."""
+        spans = zip([0, *self.boundaries], self.boundaries, self.recall)
+        spans = [(start, end) for start, end, recall in spans if recall.share]
+        done = sum(min(end, self.step) - start for start, end in spans if start < self.step)
+        return min(1.0, done / max(1.0, DIFFICULT_FROM * sum(end - start for start, end in spans)))
 
     # ── petals and growth ────────────────────────────────────────────────────────────────────────────────────────
 

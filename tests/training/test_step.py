@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model.training.optimizer import MuonAdamW
 from model.training.step import EAGER_STEPS, TrainingStep
@@ -124,3 +125,32 @@ def test_captured_and_eager_steps_agree(amp_dtype):
         losses.append(torch.stack(run).cpu())
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=2e-3)
     assert losses[1][-1] < losses[1][0]
+
+
+def test_weights_say_what_a_byte_counts():
+    """Gradients are those of the weighted mean, the loss on record is that of the text, and weight 0 is unseen."""
+    (batch,) = batches(1)
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.tensor([0.0, 1.0, 8.0])[torch.randint(0, 3, batch.shape, generator=generator)]
+    model, twin = make_random_model(), make_random_model()
+    step = TrainingStep(model, MuonAdamW(model, lr=1e-3))
+    step.optimizer.step = lambda *args: None  # gradients stay as they are
+    loss = step.run(batch, weights)
+    each = F.cross_entropy(twin(batch).transpose(1, 2), batch.long(), reduction="none")
+    (sum(w * e for w, e in zip(weights.flatten(), each.flatten())) / weights.sum()).backward()
+    of_text = [e.item() for w, e in zip(weights.flatten(), each.flatten()) if w == 1]
+    assert loss.item() == pytest.approx(sum(of_text) / len(of_text), rel=1e-5)
+    for (name, p), other in zip(model.named_parameters(), twin.parameters()):
+        if other.grad is not None:
+            torch.testing.assert_close(p.grad, other.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_weights_of_one_are_no_weights():
+    (batch,) = batches(1)
+    found = []
+    for weights in (None, torch.ones(batch.shape)):
+        model = make_random_model()
+        loss = TrainingStep(model, MuonAdamW(model, lr=1e-3)).run(batch, weights)
+        found.append((loss, model.head.output.weight.detach()))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,226 @@
+"""Recall tasks: an answer can be read off what stands before it, and everything else is the text or weighs nothing."""
+
+import random
+import re
+
+import pytest
+import torch
+
+from model.data.curriculum import Stage, load_curriculum
+from model.data.errors import DataError
+from model.data.haystack import LANGUAGES
+from model.data.recall import SHORTEST, TASKS, RecallOptions, is_text, make_row, mix
+from model.data.sources import SourceSpec
+
+WORDS = "Nehir 🙂 tepelerden doğar, the river rises in the hills and reaches the sea after many miles. "
+ALL = RecallOptions(1.0)
+
+
+def text(length: int, seed: int = 0) -> bytes:
+    rng = random.Random(seed)
+    made = " ".join(rng.choice(WORDS.split()) for _ in range(length)).encode()
+    return made[:length]
+
+
+def batch(rows: int = 8, length: int = 1024) -> torch.Tensor:
+    return torch.stack([torch.tensor(list(text(length, seed)), dtype=torch.uint8) for seed in range(rows)])
+
+
+def rows(task: str, length: int, difficulty: float, count: int = 40):
+    return [
+        make_row(text(length, seed), task, ALL, difficulty, random.Random(f"{task}/{seed}")) for seed in range(count)
+    ]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("length", [128, 129, 1000, 4096])
+@pytest.mark.parametrize("difficulty", [0.0, 0.6, 1.0])
+def test_rows_keep_their_length_and_their_answers_have_been_told(task, length, difficulty):
+    made = rows(task, length, difficulty)
+    for row in made:
+        assert len(row.data) == length and row.task == task
+        last = 0
+        for start, stop, distance in sorted(row.answers):
+            assert last <= start < stop <= length
+            last = stop
+            answer = row.data[start:stop]
+            assert answer in row.data[: start - distance], (row.data[:start][-60:], answer)
+            assert distance >= 0
+    if length >= 1000:
+        assert sum(bool(row.answers) for row in made) > 20
+
+
+def test_the_last_value_told_is_the_answer():
+    """Read by a parser of its own, for every language and phrasing: what the statement said last is what is asked."""
+    seen = updated = 0
+    for task in ("needle", "update"):
+        for row in rows(task, 4096, 1.0, count=60):
+            for start, stop, _ in row.answers:
+                before = row.data[:start].decode(errors="replace")
+                for language in LANGUAGES.values():
+                    for statement, question in language.needles:
+                        asked = re.search(_pattern(question) + "$", before)
+                        if not asked:
+                            continue
+                        who = asked["who"]
+                        told = list(re.finditer(_pattern(statement, who), before[: asked.start()]))
+                        if not told:
+                            continue
+                        seen += 1
+                        updated += len({match["key"] for match in told}) > 1
+                        if stop < 4096:
+                            assert told[-1]["key"].encode() == row.data[start:stop]
+                        assert row.data[start:stop].decode() == told[-1]["key"][: stop - start]
+    assert seen > 300 and updated > 50
+
+
+def _pattern(template: str, who: str | None = None) -> str:
+    name = r"(?P<who>\w+)" if who is None else re.escape(who)
+    parts = re.split(r"(\{who\}|\{key\})", template)
+    found, named = "", False
+    for part in parts:
+        if part == "{who}":
+            found += ("(?P=who)" if who is None else name) if named else name
+            named = True
+        else:
+            found += r"(?P<key>\w+?)" if part == "{key}" else re.escape(part)
+    return found
+
+
+def test_pairs_and_lines_against_a_dictionary():
+    for row in rows("pairs", 2048, 1.0):
+        known = {}
+        listing, _, queries = row.data.decode().partition("?")
+        for pair in listing.split(";")[:-1]:
+            key, value = pair.split("=")
+            known[key] = value
+        assert 1 <= len(known) <= 256
+        for query in ("?" + queries).split(";")[:-1]:
+            key, value = query.removeprefix("?").split("=")
+            assert known[key] == value
+        assert len(row.answers) in (queries.count("=") - 1, queries.count("=")) or not row.answers
+    again = 0
+    for row in rows("lines", 4096, 1.0):
+        for start, stop, _ in row.answers:
+            name = re.search(r"\n(\w+)( = |: | -> |=|\? )$", row.data[:start].decode(errors="replace"))[1]
+            told = re.findall(rf"\n{name}(?: = |: | -> |=)(\w+)\n", row.data[:start].decode(errors="replace"))
+            assert told[-1].startswith(row.data[start:stop].decode())
+            again += len(set(told)) > 1
+    assert again > 20
+
+
+def test_a_copy_is_the_passage_again():
+    for row in rows("copy", 1024, 1.0):
+        ((start, stop, _),) = row.answers
+        ((_, cue),) = row.inserted
+        quoted = row.data[cue:stop]
+        assert quoted.startswith(row.data[cue:start]) and start - cue == 12
+        assert quoted in row.data[: cue - 4]
+        assert stop - start >= 8
+
+
+def test_weights_are_of_text_answers_and_the_rest():
+    options = RecallOptions(0.5, answer_weight=5.0)
+    x = batch(8)
+    for index in range(10):
+        mixed, weights = mix(x, options, difficulty=1.0, seed=3, index=index)
+        assert mixed.shape == x.shape and mixed.dtype == torch.uint8 and weights.shape == x.shape
+        assert torch.equal(mixed[:4], x[:4]) and (weights[:4] == 1).all()
+        assert set(weights.unique().tolist()) <= {0.0, 1.0, 5.0}
+        assert torch.equal(is_text(weights), (weights == 1).float())
+        for row in range(4, 8):
+            # What is text is the row's own, in order.
+            kept = bytes(mixed[row][weights[row] == 1].tolist())
+            source = bytes(x[row].tolist())
+            if weights[row].min() == 0 and b"\n>> " not in bytes(mixed[row].tolist()):
+                assert source.startswith(kept)
+        assert (weights[4:] != 1).any(1).sum() >= 3
+
+
+def test_tasks_follow_from_seed_step_rank_and_row_alone():
+    x, options = batch(), RecallOptions(0.75)
+
+    def made(**changes):
+        return mix(x, options, **({"difficulty": 0.5, "seed": 1, "index": 2, "rank": 0} | changes))[0]
+
+    random.seed(5)
+    torch.manual_seed(6)
+    first = made()
+    assert torch.equal(first, made()) and not torch.equal(first, x)
+    for change in ({"seed": 2}, {"index": 3}, {"rank": 1}, {"difficulty": 1.0}):
+        assert not torch.equal(first, made(**change))
+    more = mix(torch.cat([x, x]), RecallOptions(0.5), difficulty=0.5, seed=1, index=2)[0]
+    assert torch.equal(more[:8], x)
+
+
+def test_a_share_below_a_row_comes_in_some_steps():
+    x = batch(4, 256)
+    touched = [(mix(x, RecallOptions(0.1), difficulty=0, seed=0, index=i)[1] != 1).any().item() for i in range(300)]
+    assert 0.25 < sum(touched) / 300 < 0.5  # 0.4 of the steps, less what found no room
+
+
+def test_difficulty_is_the_longest_distance():
+    for difficulty in (0.0, 0.5, 1.0):
+        longest = SHORTEST * (8192 / SHORTEST) ** difficulty
+        found = [d for row in rows("needle", 8192, difficulty) for _, _, d in row.answers]
+        # What is inserted between a fact and its question makes the way a little longer.
+        assert 0.3 * longest < max(found) < 1.6 * longest + 400
+        assert min(found) < SHORTEST
+
+
+def test_short_rows_and_no_share_are_left_as_they_are():
+    for x, options in ((batch(4, 127), ALL), (batch(4), RecallOptions(0.0))):
+        mixed, weights = mix(x, options, difficulty=1.0, seed=0, index=0)
+        assert torch.equal(mixed, x) and (weights == 1).all()
+
+
+def test_binary_text_is_fine():
+    x = torch.randint(0, 256, (6, 512), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mixed, weights = mix(x, ALL, difficulty=1.0, seed=0, index=0)
+    assert mixed.shape == x.shape and (weights > 1).any()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share": -0.1}, "share=-0.1: accepted is a number from 0 to 1"),
+        ({"share": "x"}, "share='x'"),
+        ({"share": True}, "share=True"),
+        ({"share": 0.1, "answer_weight": 1.0}, "answer_weight=1.0: accepted is a number above 1"),
+        ({"share": 0.1, "tasks": ["needle", "sing"]}, "tasks=.*sing.*accepted are one or more of needle, update"),
+        ({"share": 0.1, "tasks": []}, "tasks="),
+        ({"share": 0.1, "languages": ["de"]}, "languages=.*accepted are one or more of en, tr"),
+    ],
+)
+def test_bad_options(values, message):
+    with pytest.raises(DataError, match=message):
+        RecallOptions(**values)
+
+
+def test_held_out_phrasings_are_never_learned_from():
+    held_out = [pair[0].split("{key}")[0].split("{who}")[-1] for each in LANGUAGES.values() for pair in each.held_out]
+    held_out = [part for part in held_out if len(part) > 8]
+    assert held_out
+    seen = b"".join(row.data for task in ("needle", "update") for row in rows(task, 4096, 1.0))
+    for part in held_out:
+        assert part.encode() not in seen
+
+
+def test_a_stage_says_its_tasks(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    stage = '[[stages]]\nname = "s"\nsource = "a.txt"\nshare = 1.0\nplasticity = 1.0\n'
+    file = tmp_path / "c.toml"
+    file.write_text(stage + "recall = 0.25\n")
+    assert load_curriculum(file).stages[0].recall == RecallOptions(0.25)
+    assert "recall tasks in 25% of rows" in load_curriculum(file).describe()
+    file.write_text(stage + 'recall = { share = 0.5, tasks = ["pairs"], languages = ["tr"], answer_weight = 4 }\n')
+    assert load_curriculum(file).stages[0].recall == RecallOptions(0.5, ("pairs",), ("tr",), 4)
+    assert Stage("s", SourceSpec(files=("a",)), 1.0, 1.0).recall.share == 0
+    for bad, message in (
+        ("recall = 2", "stage s: recall share=2: accepted"),
+        ("recall = { tasks = ['pairs'] }", "stage s: recall share=None"),
+        ("recall = { share = 0.1, often = 1 }", "stage s: recall: unknown key 'often'"),
+    ):
+        file.write_text(stage + bad + "\n")
+        with pytest.raises(DataError, match=message):
+            load_curriculum(file)

@@ -1,0 +1,100 @@
+"""Recall tasks in training: their weights reach the loss, memory takes no tasks, and a run with them resumes exactly."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.conftest import make_random_model
+from tests.training import test_train_script as runs
+from tests.training.test_genesis_step import built, noise, rehearsing
+from tests.training.test_train_script import RUN, environment, identical, metrics, script  # noqa: F401 (fixtures)
+
+TOML = """
+name = "tasks"
+[[stages]]
+name = "words"
+source = "words.txt"
+share = 0.4
+plasticity = 0.5
+[[stages]]
+name = "long"
+source = "words.txt"
+share = 0.6
+plasticity = 1.0
+seq_len = 256
+recall = 0.5
+"""
+
+
+@pytest.fixture(scope="module")
+def curriculum(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "words.txt").write_text("elma, ağaç 🌳 and pear: a third. " * 600, encoding="utf-8")
+    (folder / "tasks.toml").write_text(TOML, encoding="utf-8")
+    return folder / "tasks.toml"
+
+
+@pytest.mark.parametrize("genesis", ["off", "on", "all"])
+def test_a_run_with_tasks_resumes_to_the_bit(curriculum, script, tmp_path, genesis):  # noqa: F811
+    arguments = [*RUN, "--curriculum", curriculum, "--steps", 20, "--genesis", genesis]
+    assert script(*arguments, "--out", tmp_path / "whole") == 0
+    assert script(*arguments, "--out", tmp_path / "parts", stop_at=13) == 0
+    assert script("--resume", "--out", tmp_path / "parts", "--quiet", "--sample-bytes", 20) == 0
+    assert identical(tmp_path / "whole", tmp_path / "parts")
+    stages = metrics(tmp_path / "whole")["stages"]
+    assert [stage["recall"]["share"] for stage in stages] == [0, 0.5]
+
+
+def test_a_share_on_the_command_line_is_that_of_every_stage(curriculum, script, tmp_path, capsys):  # noqa: F811
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = runs.Trainer._difficulty
+        patch.setattr(runs.Trainer, "_difficulty", lambda self: seen.append((self.step, step(self))) or seen[-1][1])
+        arguments = [*RUN, "--curriculum", curriculum, "--steps", 20]
+        assert script(*arguments, "--recall", 0.25, "--out", tmp_path / "all") == 0
+        assert [stage["recall"]["share"] for stage in metrics(tmp_path / "all")["stages"]] == [0.25, 0.25]
+        assert seen == [(i, min(1.0, i / 10)) for i in range(20)]
+        seen.clear()
+        assert script(*arguments, "--out", tmp_path / "one") == 0
+        assert seen == [(8 + i, min(1.0, i / 6)) for i in range(12)]
+        seen.clear()
+        assert script(*arguments, "--recall", 0, "--out", tmp_path / "none") == 0
+        assert not seen
+    assert not identical(tmp_path / "one", tmp_path / "none")
+    assert script(*arguments, "--recall", 1.5, "--out", tmp_path / "bad") == 2
+    assert "recall=1.5: accepted is a number from 0 to 1" in capsys.readouterr().err
+
+
+def weights_of(batch: torch.Tensor) -> torch.Tensor:
+    """Of a batch whose second row is a task, and part of whose third is."""
+    weights = torch.ones(batch.shape)
+    weights[1], weights[1, 10:14], weights[2, 40:50] = 0, 8, 8
+    return weights
+
+
+@pytest.mark.parametrize("amplifier", ["off", "surprise", "both"])
+def test_the_loss_with_replay_counts_as_the_weights_say(amplifier):
+    (batch,) = noise(1)
+    weights = weights_of(batch)
+    anchored = {"anchors": amplifier == "both"}
+    step, twin = rehearsing(make_random_model(**anchored), amplifier=amplifier), make_random_model(**anchored)
+    twin.load_state_dict(step.model.state_dict())
+    loss, _ = step.genesis.losses(batch, weights)
+    each = F.cross_entropy(twin(batch).transpose(1, 2), batch.long(), reduction="none")
+    assert loss.item() == pytest.approx(each[weights == 1].mean().item(), rel=1e-4)
+    main = step.genesis._main_loss(batch, each, weights, None)
+    if amplifier != "surprise":
+        assert main.item() == pytest.approx(((weights * each).sum() / weights.sum()).item(), rel=1e-5)
+    else:  # no more than text can be a surprise
+        assert not (step.genesis._surprising & (weights != 1)).any()
+        assert (step.genesis._surprising & (weights == 1)).any()
+
+
+def test_memory_takes_no_rows_with_tasks():
+    step = built(make_random_model(), replay="recomputed", replay_priority="even")
+    (batch,) = noise(1)
+    step.run(batch, weights_of(batch))
+    (ring, *_) = step.genesis.memory.rings
+    assert int(ring.count()) == 2
+    kept = {bytes(row.tolist()) for row in ring.target[ring.priority > 0]}
+    assert kept == {bytes(batch[row].tolist()) for row in (0, 3)}
