@@ -36,7 +36,7 @@ class AGIFormerConfig:
     thinking_steps: int = 3  # K: passes of the reasoning block; can be set per call
     reasoning_dim: int = 2048  # hidden units of the reasoning block's MLP
     head_dim: int = 512  # width of the GRU that writes the bytes of a patch
-    recall_heads: int = 4  # heads of the byte head's own fast weights; 0 is none
+    recall_heads: int = 0  # heads of the byte head's own fast weights; 0 is none
     recall_dim: int = 64  # width of such a head
     recall_rule: str = "delta"  # how they are written: "delta" or "hebbian"
     rope_base: float = 10_000.0  # wavelength scale of the rotary phases, in patches
@@ -105,7 +105,7 @@ class AGIFormerConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"config field {unknown[0]!r}: accepted are {', '.join(sorted(known))}")
-        return cls(**({"recall_heads": 0} | values))  # a config that does not speak of them is older than they are
+        return cls(**values)
 
 
 _INTEGER_RANGES = (

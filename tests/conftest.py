@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from model import AGIFormer, AGIFormerConfig
 
 TINY = {
     "d_model": 32, "n_layers": 2, "n_heads": 2, "byte_dim": 16, "window": 8, "ffn_dim": 48, "reasoning_dim": 48,
-    "head_dim": 32,
+    "head_dim": 32, "recall_heads": 2, "recall_dim": 8,
 }  # fmt: skip
 
 
@@ -74,3 +75,19 @@ def tiny_model():
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def router_file(tmp_path_factory) -> Path:
+    """A memory's router, trained once for all processes of a run; to be read, or copied, only."""
+    import fcntl
+
+    from model.sgm.router import MemoryRouter
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a folder of its own in that of the run
+        folder = folder.parent
+    with open(folder / "router.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        MemoryRouter.load_or_train(folder / "router.safetensors")
+    return folder / "router.safetensors"

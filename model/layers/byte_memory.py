@@ -52,7 +52,7 @@ class ByteMemory(nn.Module):
         patch_size: P; plasticity α is forgotten by per patch, as in the blocks: α^(1/P) a byte.
     """
 
-    STRETCH = 0.1  # β = clip((1 + 2 s) sigmoid − s, 0, 1)
+    STRETCH = 0.05  # β = clip((1 + 2 s) sigmoid − s, 0, 1)
 
     def __init__(self, head_dim: int, heads: int, dim: int, rule: str, patch_size: int):
         super().__init__()

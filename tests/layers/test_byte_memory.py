@@ -120,7 +120,7 @@ def test_what_is_not_written_wears_nothing_off():
     hidden, previous = stream(50)
     _, state = memory(hidden, previous, torch.tensor(1.0))
     with torch.no_grad():
-        memory.gates.bias[HEADS : 2 * HEADS] = -5.0  # sigmoid(-5) is below the stretch
+        memory.gates.bias[HEADS : 2 * HEADS] = -5.0  # where the stretched sigmoid is below 0
     hidden, previous = stream(2000, seed=2)
     _, later = memory(hidden, previous, torch.tensor(1.0), state)
     assert torch.equal(later.M, state.M)

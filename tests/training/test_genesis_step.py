@@ -849,6 +849,7 @@ def test_with_everything_on_it_learns(replay, amp_dtype):
     model = make_random_model(anchors=True)
     with torch.no_grad():
         model.head.output.weight.zero_()
+        model.head.memory.output.weight.zero_()
     step = built(model, replay=replay, stages=3, replay_depth=1, amp_dtype=amp_dtype, **ALL)
     losses = []
     for i, batch in enumerate(batches(36)):
