@@ -1,4 +1,4 @@
-"""Plots of training runs, drawn without a display and written whole."""
+"""Plots of training runs and of recall, drawn without a display and written whole."""
 
 import io
 import os
@@ -26,12 +26,7 @@ def plot_curriculum(metrics: dict[str, Any], path: str | os.PathLike) -> Path:
     Raises:
         OSError: when it cannot be written.
     """
-    # The Agg canvas is taken directly: importing this module, or drawing, touches no global backend.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 5.5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(10, 5.5)
     axes = figure.add_subplot(xlabel="step", ylabel="bits per byte")
     axes.grid(alpha=0.25)
     stages = metrics.get("stages") or []
@@ -45,12 +40,48 @@ def plot_curriculum(metrics: dict[str, Any], path: str | os.PathLike) -> Path:
         legend = axes.legend(handles=lines, loc="upper right")
         for text in legend.get_texts():
             text.set_parse_math(False)
-    image = io.BytesIO()
-    with warnings.catch_warnings():
-        # A stage may be named in a script that the font lacks: boxes in a label are no reason to warn.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        canvas.print_figure(image, format="png", dpi=120)
-    return write_atomically(path, image.getvalue())
+    return write_figure(figure, path)
+
+
+def plot_recall(results: dict[str, Any], path: str | os.PathLike) -> Path:
+    """Exact answers as a PNG: depth by length with the memory and without it, and by number of pairs.
+
+    Args:
+        results: {"needle": `RecallReport.to_dict()` or None, "pairs": `PairsReport.to_dict()` or None}, as in the JSON
+            of test_recall.py. What is None or missing gets no panel.
+        path: the file, replaced atomically.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    panels = []
+    if cells := (results.get("needle") or {}).get("cells"):
+        lengths = [_size(cell["length"]) for cell in cells]
+        depths = [f"{cell['depth']:g}" for cell in cells[0]["depths"]]
+        for name, title in (("accuracy", "with the memory"), ("without_memory", "without the memory")):
+            rows = [[cell["depths"][i][name] for cell in cells] for i in range(len(depths))]
+            if any(share is not None for row in rows for share in row):
+                labels = {"xlabel": "bytes of the prompt", "ylabel": "depth of the needle"}
+                panels.append((f"needles, {title}: exact %", labels, heat_map, (rows, depths, lengths)))
+    if cells := (results.get("pairs") or {}).get("cells"):
+        labels = {"xlabel": "pairs in the list", "ylabel": "exact %"}
+        panels.append(("values by their keys", labels, _draw_pairs, (cells,)))
+    figure = new_figure(5.5 * max(1, len(panels)), 4.5)
+    for i, (title, labels, draw, what) in enumerate(panels):
+        draw(figure.add_subplot(1, len(panels), i + 1, title=title, **labels), *what)
+    return write_figure(figure, path)
+
+
+def heat_map(axes, shares: list[list[float | None]], rows: list[str], columns: list[str]) -> None:
+    """Shares from 0 to 1 as coloured cells with the percentage written in each; None is an empty cell with a dash."""
+    values = np.ma.masked_invalid(np.array(shares, float))
+    axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_facecolor("0.9")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    for (i, j), masked in np.ndenumerate(np.ma.getmaskarray(values)):
+        text, dark = ("–", False) if masked else (f"{100 * values[i, j]:.0f}", values[i, j] < 0.6)
+        axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -60,6 +91,53 @@ def smooth(values: np.ndarray) -> np.ndarray:
     stop = np.arange(1, len(values) + 1)
     start = np.maximum(stop - width, 0)
     return (sums[stop] - sums[start]) / (stop - start)
+
+
+def new_figure(width: float, height: float):
+    """An empty figure, in inches."""
+    # The Agg canvas is taken directly: importing this module, or drawing, touches no global backend.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def write_figure(figure, path: str | os.PathLike) -> Path:
+    image = io.BytesIO()
+    with warnings.catch_warnings():
+        # A stage may be named in a script that the font lacks: boxes in a label are no reason to warn.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.canvas.print_figure(image, format="png", dpi=120)
+    return write_atomically(path, image.getvalue())
+
+
+def _draw_pairs(axes, cells: list[dict[str, Any]]) -> None:
+    """Exact answers by number of pairs, with the memory, without it, and by chance."""
+    for name, style, label in (
+        ("accuracy", "o-", "with the memory"),
+        ("without_memory", "s--", "without the memory"),
+        ("chance", ":", "a value at random"),
+    ):
+        counts, shares = _finite([(cell["pairs"], cell[name]) for cell in cells])
+        if len(counts):
+            axes.plot(counts, 100 * shares, style, label=label)
+    counts = sorted({cell["pairs"] for cell in cells})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.set_ylim(-3, 103)
+    axes.grid(alpha=0.25)
+    axes.legend()
+
+
+def _size(count: int) -> str:
+    """Bytes, in the largest unit that shows them exactly."""
+    for unit, name in ((2**20, " MiB"), (2**10, " KiB")):
+        if count % unit == 0:
+            return f"{count // unit}{name}"
+    return str(count)
 
 
 def _draw_stages(axes, stages: list[dict[str, Any]]) -> None:

@@ -1,7 +1,8 @@
 """What each thinking step really does: its size, its direction, its halting, and what it is worth in bits.
 
 The loop z ← z + Δz is run step by step on the latents of a text, and decoded after every one of them, also past the
-number of steps that the model was configured with. The verdict's thresholds are the constants below.
+number of steps that the model was configured with. The verdict's thresholds are the constants below; those of what the
+loop does in the long run are in `dynamics`.
 """
 
 import math
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,9 @@ from model.evaluation.bpc import (
     evaluation_mode,
     window_rule,
 )
+from model.evaluation.distribution import QUANTILES, UnitHistogram
+from model.evaluation.dynamics import Dynamics, LoopRuns, run_length
+from model.evaluation.gains import Gains, byte_gains
 from model.evaluation.report import check_count, number, text_table
 from model.layers.norm import rms_norm
 
@@ -29,7 +34,8 @@ DORMANT_SIZE = 0.01  # every step is smaller than this share of the latent that 
 DORMANT_GAIN = 0.01  # … and all of them together move BPC by less than this: dormant
 UNSTABLE_SIZE = 2.0  # a step this many times the size of its latent replaces it: unstable
 UNSTABLE_LOSS = 0.5  # bits per byte: a loop that makes it worse by more is unstable
-QUANTILES = (0.05, 0.5, 0.95)
+CLOSED, OPEN = 0.1, 0.9  # a gate below the one, and from the other on
+HALT_BINS = 10  # of the histogram of p_halt
 
 DEFAULT_TEXT = (
     "The river rises in the hills and reaches the sea after a hundred miles. In spring, when the snow melts, it floods "
@@ -62,9 +68,13 @@ class StepReport:
         bpc: bits per byte when decoded after step k.
         z_rms, delta_rms: root mean square over all positions and channels of z after the step, and of Δz.
         relative: mean over positions of ‖Δz‖ / ‖z before the step‖.
-        cosine: mean over positions of the cosine between Δz and the step before's; None for k < 2.
+        cosine, angle: means over positions of the cosine between Δz and the step before's, and of the angle between
+            them in degrees; None for k < 2.
+        cosine_z: mean over positions of the cosine between Δz and z before the step.
         halt_mean, halt_quantiles: of p_halt over positions; quantiles at 5, 50 and 95%.
-        gate_mean: of the gate over positions and channels.
+        halt_histogram: shares of the positions whose p_halt is in each tenth of [0, 1].
+        gate_mean, gate_quantiles: of the gate over positions and channels; the quantiles to 1/1000.
+        gate_closed, gate_open: shares of them below 0.1, and from 0.9 on.
     """
 
     step: int
@@ -73,14 +83,23 @@ class StepReport:
     delta_rms: float | None = None
     relative: float | None = None
     cosine: float | None = None
+    angle: float | None = None
+    cosine_z: float | None = None
     halt_mean: float | None = None
     halt_quantiles: tuple[float, ...] | None = None
+    halt_histogram: tuple[float, ...] | None = None
     gate_mean: float | None = None
+    gate_quantiles: tuple[float, ...] | None = None
+    gate_closed: float | None = None
+    gate_open: float | None = None
 
 
 @dataclass(frozen=True)
 class ReasoningReport:
-    """All steps; `thinking_steps` is the configured K, `verdict` is "dormant", "active" or "unstable"."""
+    """All steps; `thinking_steps` is the configured K, `verdict` is "dormant", "active" or "unstable".
+
+    `dynamics` is what the loop does far beyond K, `gains` what K steps are worth byte by byte.
+    """
 
     steps: list[StepReport]
     thinking_steps: int
@@ -88,18 +107,46 @@ class ReasoningReport:
     context: str
     verdict: str
     reason: str
+    dynamics: Dynamics
+    gains: Gains
 
     def table(self) -> str:
-        """One line a step; the configured K is marked."""
-        header = ["step", "BPC", "rms z", "rms Δz", "|Δz|/|z|", "cos", "p_halt", "5%", "50%", "95%", "gate"]
+        """Where each step goes and what decoding after it costs, one line a step; the configured K is marked."""
+        header = ["step", "BPC", "rms z", "rms Δz", "|Δz|/|z|", "cos", "angle", "cos z", "p_halt", "gate"]
         rows = []
         for step in self.steps:
-            quantiles = step.halt_quantiles or (None,) * len(QUANTILES)
-            values = (step.bpc, step.z_rms, step.delta_rms, step.relative, step.cosine, step.halt_mean)
+            values = (step.bpc, step.z_rms, step.delta_rms, step.relative, step.cosine)
+            rest = (step.cosine_z, step.halt_mean, step.gate_mean)
             mark = "  ← K" if step.step == self.thinking_steps else ""
-            rows.append(
-                [f"{step.step}{mark}", *(number(value, 4) for value in (*values, *quantiles, step.gate_mean))],
-            )
+            cells = [*(number(value, 4) for value in values), number(step.angle, 1), *(number(v, 4) for v in rest)]
+            rows.append([f"{step.step}{mark}", *cells])
+        return text_table(header, rows)
+
+    def halting_table(self) -> str:
+        """p_halt of each step: mean, quantiles, and the share of positions in each tenth of [0, 1] in percent."""
+        edges = [f"{'<' if i < HALT_BINS else '≤'}{i / HALT_BINS:.1f}" for i in range(1, HALT_BINS + 1)]
+        header = ["p_halt, step", "mean", *(f"{100 * level:g}%" for level in QUANTILES), *edges]
+        rows = [
+            [
+                str(step.step),
+                *(number(value, 4) for value in (step.halt_mean, *_cells(step.halt_quantiles, len(QUANTILES)))),
+                *(number(None if x is None else 100 * x, 1) for x in _cells(step.halt_histogram, HALT_BINS)),
+            ]
+            for step in self.steps[1:]
+        ]
+        return text_table(header, rows)
+
+    def gate_table(self) -> str:
+        """The channel gate of each step: mean, quantiles, and the shares closed and open in percent."""
+        header = ["gate, step", "mean", *(f"{100 * level:g}%" for level in QUANTILES), f"<{CLOSED} %", f"≥{OPEN} %"]
+        rows = [
+            [
+                str(step.step),
+                *(number(value) for value in (step.gate_mean, *_cells(step.gate_quantiles, len(QUANTILES)))),
+                *(number(None if x is None else 100 * x, 1) for x in (step.gate_closed, step.gate_open)),
+            ]
+            for step in self.steps[1:]
+        ]
         return text_table(header, rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,6 +162,7 @@ def measure_reasoning(
     context: int = 1024,
     batch_size: int = 16,
     max_bytes: int | None = 65536,
+    top: int = 10,
 ) -> ReasoningReport:
     """Run the thinking loop on a text step by step and judge it.
 
@@ -123,6 +171,7 @@ def measure_reasoning(
         data: uint8 [n] or bytes, n ≥ 1.
         steps: thinking steps to look at; 2·K (at least 2) when None.
         context, batch_size, max_bytes: windows of the text, as in `bits_per_byte`.
+        top: how many bytes to show that gain most from K steps, and that lose most.
 
     Raises:
         ValueError: naming the argument, its value and what is accepted.
@@ -133,19 +182,38 @@ def measure_reasoning(
     check_count("steps", steps, least=0)
     check_count("context", context)
     check_count("batch_size", batch_size)
+    check_count("top", top, least=0)
     if max_bytes is not None:
         check_count("max_bytes", max_bytes)
+    # Windows begin with a patch, so that the bytes of a window know their place in one.
     windows = cut_windows(len(text), context, max_bytes)
     count = sum(stop - start for start, stop in windows)
     totals = [_Totals() for _ in range(steps + 1)]
+    runs = LoopRuns(model.reasoning.step, run_length(K))
+    nats: dict[int, list[np.ndarray]] = {0: [], K: []}
     with evaluation_mode(model):
         for x in batches(text, windows, batch_size, model.start.device):
             z = delta = None
-            for total, thought in zip(totals, thinking_trace(model, x, steps)):
-                total.add(x, thought, z, delta)
+            for k, thought in enumerate(thinking_trace(model, x, max(steps, K))):
+                lost = byte_nats(thought.logits, x)
+                if k in nats:
+                    nats[k].append(lost.flatten().cpu().numpy())
+                if k <= steps:
+                    totals[k].add(lost, thought, z, delta)
+                if k == 0:
+                    runs.add(thought.z)
                 z, delta = thought.z, thought.delta
     reports = [total.report(k, count) for k, total in enumerate(totals)]
-    return ReasoningReport(reports, K, count, window_rule(context, max_bytes, count, len(text)), *judge(reports, K))
+    before, after = (np.concatenate(nats[k]) / math.log(2) for k in (0, K))
+    return ReasoningReport(
+        reports,
+        K,
+        count,
+        window_rule(context, max_bytes, count, len(text)),
+        *judge(reports, K),
+        dynamics=runs.report(),
+        gains=byte_gains(text, windows, before, after, steps=K, patch_size=model.config.patch_size, top=top),
+    )
 
 
 def thinking_trace(model: AGIFormer, x: Tensor, steps: int) -> Iterator[ThinkingStep]:
@@ -164,14 +232,11 @@ def thinking_trace(model: AGIFormer, x: Tensor, steps: int) -> Iterator[Thinking
             hook.remove()
     z, rest = latents[0], latents[1][..., latents[0].shape[-1] :]
     yield ThinkingStep(z, logits)
-    previous = model.previous_bytes(x)
     for _ in range(steps):
         gate = model.reasoning.gate(rms_norm(z)).sigmoid()
         delta, p_halt = model.reasoning.step(z)
         z = z + delta
-        yield ThinkingStep(
-            z, model.head(torch.cat([z, rest], -1), previous).flatten(1, 2)[:, : x.shape[1]], delta, p_halt, gate
-        )
+        yield ThinkingStep(z, model.read_out(torch.cat([z, rest], -1), x), delta, p_halt, gate)
 
 
 def judge(steps: list[StepReport], thinking_steps: int) -> tuple[str, str]:
@@ -193,30 +258,39 @@ def judge(steps: list[StepReport], thinking_steps: int) -> tuple[str, str]:
     return "active", measured
 
 
+def _cells(values: tuple[float, ...] | None, count: int) -> tuple[float | None, ...]:
+    return (None,) * count if values is None else values
+
+
 class _Totals:
-    """Sums over the batches for one step, on the device in float64 until the report."""
+    """Sums over the batches for one step, in float64 until the report."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.positions = 0
         self.width = 1
-        self.halts: list[Tensor] = []
+        self.halts: list[np.ndarray] = []
+        self.gate = UnitHistogram()
 
-    def add(self, x: Tensor, now: ThinkingStep, z: Tensor | None, delta: Tensor | None) -> None:
-        """Count one batch; z and delta [B, T, D] are those of the step before, None where there was none."""
+    def add(self, nats: Tensor, now: ThinkingStep, z: Tensor | None, delta: Tensor | None) -> None:
+        """Count one batch and its nats [B, L]; z and delta [B, T, D] are those of the step before, None for none."""
         self.positions += now.z.shape[0] * now.z.shape[1]
         self.width = now.z.shape[2]
-        self._sum("nats", byte_nats(now.logits, x))
+        self._sum("nats", nats)
         self._sum("z", now.z.double().square())
         if now.delta is None:
             return
-        size = now.delta.double().norm(dim=-1)
+        step, start = now.delta.double(), z.double()
+        size = step.norm(dim=-1)
         self._sum("delta", size.square())
-        self._sum("relative", size / z.double().norm(dim=-1))
-        self._sum("gate", now.gate)
-        self.halts.append(now.p_halt.double().flatten())
+        self._sum("relative", size / start.norm(dim=-1))
+        self._sum("cosine_z", torch.cosine_similarity(step, start, dim=-1))
+        self.halts.append(now.p_halt.double().flatten().cpu().numpy())
+        self.gate.add(now.gate)
         if delta is not None:
-            self._sum("cosine", torch.cosine_similarity(now.delta.double(), delta.double(), dim=-1))
+            cosine = torch.cosine_similarity(step, delta.double(), dim=-1)
+            self._sum("cosine", cosine)
+            self._sum("angle", cosine.clamp(-1, 1).acos().rad2deg())
 
     def report(self, step: int, count: int) -> StepReport:
         """The means of this step, over `count` bytes."""
@@ -224,16 +298,20 @@ class _Totals:
         values = self.positions * self.width
         report = {"step": step, "bpc": sums["nats"] / math.log(2) / count, "z_rms": math.sqrt(sums["z"] / values)}
         if self.halts:
-            halts = torch.cat(self.halts)
+            halts = np.concatenate(self.halts)
             report |= {
                 "delta_rms": math.sqrt(sums["delta"] / values),
                 "relative": sums["relative"] / self.positions,
+                "cosine_z": sums["cosine_z"] / self.positions,
                 "halt_mean": float(halts.mean()),
-                "halt_quantiles": tuple(torch.quantile(halts, halts.new_tensor(QUANTILES)).tolist()),
-                "gate_mean": sums["gate"] / values,
+                "halt_quantiles": tuple(np.quantile(halts, QUANTILES).tolist()),
+                "halt_histogram": tuple((np.histogram(halts, HALT_BINS, (0, 1))[0] / len(halts)).tolist()),
+                "gate_mean": self.gate.mean,
+                "gate_quantiles": self.gate.quantiles(),
+                "gate_closed": self.gate.below(CLOSED),
+                "gate_open": self.gate.above(OPEN),
             }
-        if "cosine" in sums:
-            report["cosine"] = sums["cosine"] / self.positions
+        report |= {name: sums[name] / self.positions for name in ("cosine", "angle") if name in sums}
         return StepReport(**report)
 
     def _sum(self, name: str, values: Tensor) -> None:

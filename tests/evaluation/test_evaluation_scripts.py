@@ -58,25 +58,83 @@ def one_line(done, *parts):
     assert all(part in done.stderr for part in parts), done.stderr
 
 
+CHECKPOINT = "best_model_curriculum.safetensors"
+
+
 def test_recall_runs_and_fails_honestly(folder):
-    name = "best_model_curriculum.safetensors"
-    done = run(folder, "test_recall.py", name, "--lengths", "200,300", "--samples", "4", "--json", "out/recall.json")
+    arguments = ["--lengths", "200,300", "--depths", "0,1", "--pairs", "3,8", "--samples", "2", "--seed", "4"]
+    arguments += ["--json", "out/recall.json", "--plot", "out/recall.png"]
+    done = run(folder, "test_recall.py", CHECKPOINT, *arguments)
     assert done.returncode == 1, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].split()[:2] == ["bytes", "samples"] and lines[1].split()[:2] == ["200", "4"]
+    assert [line.split()[:2] for line in lines[1:4]] == [["bytes", "prompts"], ["200", "4"], ["300", "4"]]
     assert lines[-1].startswith("FAIL") and "recall" in done.stderr
+    for part in ("depth \\ bytes", "pairs  bytes", "bytes/s", "peak memory", "memory contributes nothing"):
+        assert part in done.stdout
+    assert (folder / "out" / "recall.png").read_bytes().startswith(b"\x89PNG")
     data = json.loads((folder / "out" / "recall.json").read_text())
-    assert [cell["length"] for cell in data["cells"]] == [200, 300] and data["passed"] is False
+    assert data["settings"] == {
+        "tasks": ["needle", "pairs"], "lengths": [200, 300], "depths": [0.0, 1.0], "pairs": [3, 8],
+        "languages": ["en", "tr"], "samples": 2, "seed": 4, "batch_size": 16, "ablation": True,
+    }  # fmt: skip
+    assert data["checkpoint"].endswith(CHECKPOINT) and data["device"] == "cpu" and data["passed"] is False
+    assert data["seconds"] > 0 and data["peak_bytes"] > 2**24
+    assert set(data) == {"checkpoint", "device", "settings", "passed", "needle", "pairs", "seconds", "peak_bytes"}
+    for task in ("needle", "pairs"):
+        assert data[task]["reach"] > 50 and data[task]["contribution"]["verdict"]
+        for cell in data[task]["cells"]:
+            assert set(cell["cost"]) == {"seconds", "bytes_per_second", "state_bytes", "peak_bytes"}
+            assert all(isinstance(cell[name], float) for name in ("accuracy", "without_memory", "log2_probability"))
+    assert data["needle"]["pass_accuracy"] == 0.9 and data["needle"]["passed"] is False
+    assert [cell["length"] for cell in data["needle"]["cells"]] == [200, 300]
+    assert [cell["pairs"] for cell in data["pairs"]["cells"]] == [3, 8]
 
 
-def test_inspect_finds_its_checkpoint(in_process, folder):
-    done = in_process("inspect_reasoning.py", "--text", "text.txt", "--steps", "2", "--json", "reasoning.json")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("step") and len(lines) == 6
-    data = json.loads((folder / "reasoning.json").read_text())
-    assert lines[-1] == f"{data['verdict']}: {data['reason']}"
-    assert len(data["steps"]) == 3 and data["bytes"] == (folder / "text.txt").stat().st_size
+def test_recall_asks_what_it_is_asked_to(in_process, folder):
+    done = in_process(
+        "test_recall.py", CHECKPOINT, "--lengths", "200", "--depths", "0.5", "--samples", "2", "--language", "tr",
+        "--tasks", "needle", "--no-ablation", "--json", "recall.json",
+    )  # fmt: skip
+    assert done.returncode == 1 and "pairs" not in done.stdout and "contributes" not in done.stdout
+    data = json.loads((folder / "recall.json").read_text())
+    assert data["pairs"] is None and data["settings"]["tasks"] == ["needle"] and not data["settings"]["ablation"]
+    (cell,) = data["needle"]["cells"]
+    assert list(cell["languages"]) == ["tr"] and cell["without_memory"] is None
+
+
+def test_recall_of_pairs_alone_has_no_verdict(in_process, folder):
+    done = in_process("test_recall.py", CHECKPOINT, "--tasks", "pairs", "--pairs", "2", "--json", "recall.json")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("no verdict")
+    data = json.loads((folder / "recall.json").read_text())
+    assert data["needle"] is data["passed"] is None and data["pairs"]["cells"][0]["queries"] == 20
+
+
+def test_recall_stopped_by_ctrl_c(in_process, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("model.inference.stream.ByteStream.logits", stop)
+    done = in_process("test_recall.py", CHECKPOINT, "--lengths", "200")
+    assert done.returncode == 130 and done.stderr.endswith("test_recall.py: stopped\n") and done.stdout == ""
+
+
+def test_recall_defaults_are_those_of_the_help(in_process, monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr("model.evaluation.needles.check_needles", lambda *values: seen.update(needle=values))
+
+    def check_pairs(pairs):
+        seen["pairs"] = pairs
+        raise ValueError("seen")
+
+    monkeypatch.setattr("model.evaluation.associative.check_pairs", check_pairs)
+    assert in_process("test_recall.py", "missing").returncode == 2
+    with pytest.raises(SystemExit):
+        in_process("test_recall.py", "--help")
+    shown = capsys.readouterr().out
+    lengths, samples, depths, languages = seen["needle"]
+    assert languages == ("en", "tr") and f"({samples})" in shown
+    for values in (lengths, depths, seen["pairs"]):
+        assert f"({','.join(f'{value:g}' for value in values)})".replace(" ", "") in "".join(shown.split())
 
 
 def test_inspect_without_a_checkpoint_says_how_to_get_one(in_process, monkeypatch, tmp_path):
@@ -91,6 +149,9 @@ def test_inspect_without_a_checkpoint_says_how_to_get_one(in_process, monkeypatc
         (["test_recall.py", "missing.safetensors"], "missing.safetensors"),
         (["test_recall.py", "best_model_curriculum.safetensors", "--device", "tpu"], "--device tpu"),
         (["test_recall.py", "missing", "--lengths", "900,50"], "length=50: accepted is at least"),
+        (["test_recall.py", "missing", "--pairs", "8,17577"], "pairs=17577: accepted is at most 17576"),
+        (["test_recall.py", "missing", "--json", "checkpoints"], "--json checkpoints: it is a folder"),
+        (["test_recall.py", "missing", "--plot", "."], "--plot .: it is a folder"),
         (["inspect_reasoning.py", "damaged.safetensors"], "damaged.safetensors"),
         (["inspect_reasoning.py", "--text", "missing.txt"], "missing.txt"),
         (["inspect_reasoning.py", "--text", "empty.txt"], "empty.txt"),
@@ -102,7 +163,7 @@ def test_bad_files_and_devices_are_one_line(in_process, arguments, named):
 
 def test_a_pass_exits_with_zero(in_process, monkeypatch):
     monkeypatch.setattr("model.evaluation.recall.PASS_ACCURACY", 0.0)
-    done = in_process("test_recall.py", "best_model_curriculum.safetensors", "--lengths", "200", "--samples", "1")
+    done = in_process("test_recall.py", CHECKPOINT, "--lengths", "200", "--samples", "1", "--tasks", "needle")
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("PASS")
 
 
@@ -112,7 +173,11 @@ def test_a_pass_exits_with_zero(in_process, monkeypatch):
         (["test_recall.py"], "checkpoint"),
         (["test_recall.py", "x", "--lengths", "200,a"], "--lengths"),
         (["test_recall.py", "x", "--samples", "0"], "--samples"),
-        (["test_recall.py", "x", "--depth", "2"], "--depth"),
+        (["test_recall.py", "x", "--lengths", ""], "--lengths"),
+        (["test_recall.py", "x", "--depths", "0,2"], "--depths"),
+        (["test_recall.py", "x", "--depths", "nan"], "--depths"),
+        (["test_recall.py", "x", "--pairs", "8,0"], "--pairs"),
+        (["test_recall.py", "x", "--tasks", "needle,copy"], "--tasks"),
         (["test_recall.py", "x", "--language", "de"], "--language"),
         (["inspect_reasoning.py", "x", "--steps", "-1"], "--steps"),
         (["inspect_reasoning.py", "x", "--unknown"], "--unknown"),

@@ -1,46 +1,86 @@
-import math
+import itertools
 
 import pytest
-import torch
 
 from model.data.haystack import KEY_BYTES, LANGUAGES
-from model.evaluation.recall import PASS_ACCURACY, make_needles, needle_accuracy
+from model.evaluation.needles import DEPTHS, make_needles
+
+HELD_OUT = {name: [question for _, question in language.held_out] for name, language in LANGUAGES.items()}
 
 
 @pytest.mark.parametrize("length", [200, 1003, 4000])
-@pytest.mark.parametrize("depth", [None, 0.0, 0.37, 1.0])
-def test_prompts_have_the_stated_shape(length, depth):
-    samples = 24
-    for i, needle in enumerate(make_needles(length, samples, seed=3, depth=depth)):
-        prompt = needle.prompt
+@pytest.mark.parametrize("depths", [DEPTHS, (0.37,)])
+def test_prompts_have_the_stated_shape(length, depths):
+    samples = 16
+    needles = list(make_needles(length, samples, seed=3, depths=depths))
+    assert [needle.depth for needle in needles] == [depth for depth in depths for _ in range(samples)]
+    for needle in needles:
+        prompt, language = needle.prompt, LANGUAGES[needle.language]
         assert len(prompt) == length and len(needle.answer) == KEY_BYTES
         prompt.decode()  # whole characters only
         assert prompt.count(needle.answer) == 1
-        assert needle.start < prompt.index(needle.answer) < needle.question
-        # The needle ends where its sentence ends; what is around it is the haystack.
-        statement = prompt[needle.start :].split(b". ")[0] + b". "
-        assert needle.answer in statement
-        room = needle.question - len(statement)
-        assert needle.start == round(((i + 0.5) / samples if depth is None else depth) * room)
-        assert not prompt.endswith(needle.answer) and prompt[needle.question - 1 : needle.question] == b" "
-        # The question ends with the words that came before the key.
-        assert prompt.endswith(prompt[needle.start : prompt.index(needle.answer)][-12:])
+        assert needle.key == prompt.index(needle.answer) and needle.distance == length - needle.key
+        assert needle.start < needle.key < needle.question
+        # Needle and question are one phrasing of the language, for one person.
+        phrasings = language.held_out if needle.held_out else language.needles
+        said = {
+            (statement.format(who=who, key=needle.answer.decode()).encode(), question.format(who=who).encode())
+            for statement, question in phrasings
+            for who in language.who
+        }
+        found = [(a, b) for a, b in said if prompt[needle.start :].startswith(a + b" ") and prompt.endswith(b)]
+        assert len(found) == 1
+        (statement, question), *_ = found
+        assert prompt[needle.question :] == question
+        room = length - len(statement) - 1 - len(question)
+        assert needle.start == round(needle.depth * room)
+        # What is around it is the haystack, which ends before the question.
+        assert prompt[needle.question - 1 : needle.question] == b" "
 
 
 def test_languages_keys_and_phrasings_take_turns():
-    needles = make_needles(300, 24)
+    needles = list(make_needles(400, 64, depths=(0.5,)))
     assert [needle.language for needle in needles[:4]] == ["en", "tr", "en", "tr"]
-    assert sum(needle.answer.isdigit() for needle in needles) == 12
-    questions = {needle.prompt[needle.question :][-10:] for needle in needles if needle.language == "en"}
-    assert len(questions) >= 3
-    assert len({needle.answer for needle in needles}) > 12
+    for name, language in LANGUAGES.items():
+        own = [needle for needle in needles if needle.language == name]
+        count = len(language.needles) + len(language.held_out)
+        # Every phrasing comes equally often, with digits as often as with words.
+        seen = {}
+        for needle in own:
+            texts = [*language.needles, *language.held_out]
+            questions = [
+                i for i, (_, text) in enumerate(texts)
+                if any(needle.prompt.endswith(text.format(who=who).encode()) for who in language.who)
+            ]  # fmt: skip
+            seen.setdefault(questions[-1], []).append(needle.answer.isdigit())
+        assert len(seen) == count == 8
+        assert all(sorted(kinds) == [False] * 2 + [True] * 2 for kinds in seen.values())
+        assert sum(needle.held_out for needle in own) == len(own) * len(language.held_out) // count
+        assert not own[0].held_out and len({needle.answer for needle in own}) > 12
     assert {needle.language for needle in make_needles(300, 4, languages=["tr"])} == {"tr"}
+
+
+def test_no_phrasing_falls_together_with_a_depth():
+    needles = list(make_needles(400, 10))
+    for depth, group in itertools.groupby(needles, lambda needle: needle.depth):
+        group = list(group)
+        assert 1 <= sum(needle.held_out for needle in group) <= 4, depth
+        assert 3 <= sum(needle.answer.isdigit() for needle in group) <= 7, depth
+        assert sum(needle.language == "en" for needle in group) == 5
+
+
+def test_held_out_phrasings_are_taught_nowhere():
+    for language in LANGUAGES.values():
+        for text in itertools.chain(*language.held_out):
+            skeleton = text.replace("{who}", "").replace("{key}", "").split()
+            for learned in itertools.chain(*language.needles):
+                assert text != learned and skeleton != learned.replace("{who}", "").replace("{key}", "").split()
 
 
 def test_keys_have_one_length_and_occur_nowhere_else():
     for language in LANGUAGES.values():
         parts = [language.sentences, language.subjects, language.adjectives, language.objects, language.verbs]
-        parts += [language.places, language.times, language.who, sum(language.needles, ())]
+        parts += [language.places, language.times, language.who, sum(language.needles, ()), sum(language.held_out, ())]
         vocabulary = " ".join(" ".join(part) for part in parts).lower()
         assert not any(character.isdigit() for character in vocabulary)
         assert len(set(language.keys)) == len(language.keys)
@@ -48,97 +88,31 @@ def test_keys_have_one_length_and_occur_nowhere_else():
             assert len(key.encode()) == KEY_BYTES and key not in vocabulary
 
 
-def test_prompts_depend_on_seed_length_and_number_alone():
-    assert make_needles(500, 6, seed=1) != make_needles(500, 6, seed=2)
-    assert make_needles(500, 6, seed=1, depth=0.5) == make_needles(500, 8, seed=1, depth=0.5)[:6]
+def test_prompts_depend_on_seed_length_depth_and_number_alone():
+    one = list(make_needles(500, 6, seed=1))
+    assert one == list(make_needles(500, 6, seed=1))
+    assert not set(one) & set(make_needles(500, 6, seed=2))
+    assert one[:6] == list(make_needles(500, 8, seed=1))[:6]
+    # The number goes on from depth to depth: no two depths have the same text.
+    assert len({needle.prompt[needle.start :] for needle in one}) == len(one)
 
 
 def test_a_long_haystack_does_not_repeat():
-    (needle,) = make_needles(100_000, 1, depth=0.5)
+    (needle,) = make_needles(100_000, 1, depths=[0.5])
     sentences = [sentence for sentence in needle.prompt.decode().split(". ") if len(sentence) > 20]
     assert len(sentences) > 1000 and len(set(sentences)) == len(sentences)
 
 
-class Oracle:
-    """A stream that finds the answer by reading: the bytes that followed the last 12 earlier in the text."""
-
-    def __init__(self, model, batch_size):
-        self.read = torch.empty(batch_size, 0, dtype=torch.long)
-
-    def feed(self, x):
-        self.read = torch.cat([self.read, x.long()], 1)
-
-    def logits(self):
-        logits = torch.zeros(len(self.read), 256)
-        for row, text in enumerate(self.read):
-            text = bytes(text.tolist())
-            at = text.find(text[-12:])
-            if at < len(text) - 12:
-                logits[row, text[at + 12]] = 20.0
-        return logits
+def test_prompts_are_made_one_at_a_time():
+    needles = make_needles(1000, 10**9)
+    assert len(next(needles).prompt) == 1000
 
 
-def test_an_oracle_recalls_everything(fresh_model):
-    report = needle_accuracy(fresh_model, [250, 5000], samples=13, batch_size=4, stream=Oracle)
-    assert [cell.accuracy for cell in report.cells] == [1.0, 1.0]
-    assert [cell.length for cell in report.cells] == [250, 5000]
-    for cell in report.cells:
-        assert cell.log2_probability == pytest.approx(-4 * math.log2(1 + 255 * math.exp(-20)), abs=1e-6)
-        assert cell.languages == {"en": 1.0, "tr": 1.0} and cell.samples == 13
-    assert report.passed
-
-
-def test_a_uniform_model_recalls_nothing(fresh_model):
-    read = []
-    report = needle_accuracy(fresh_model, [200, 300], samples=5, batch_size=2, progress=read.append)
-    for cell in report.cells:
-        assert cell.accuracy == 0 and cell.log2_probability == pytest.approx(-8 * KEY_BYTES, abs=1e-4)
-    assert not report.passed and sum(read) == 5 * 500
-
-
-def test_probability_equals_the_full_forward(random_model):
-    needles = make_needles(260, 3, seed=9)
-    expected = []
-    for needle in needles:
-        x = torch.tensor([list(needle.prompt + needle.answer)])
-        with torch.no_grad():
-            log_p = random_model(x).double().log_softmax(-1)[0, -KEY_BYTES:]
-        expected.append(float(log_p.gather(1, x[0, -KEY_BYTES:, None]).sum()) / math.log(2))
-    (cell,) = needle_accuracy(random_model, [260], samples=3, seed=9, batch_size=2).cells
-    assert cell.log2_probability == pytest.approx(sum(expected) / 3, abs=1e-3)
-
-
-def test_chance_is_that_of_the_kind_of_key(fresh_model):
-    (cell,) = needle_accuracy(fresh_model, [200], samples=2, languages=["en"]).cells
-    keys = len(LANGUAGES["en"].keys)
-    assert cell.chance == pytest.approx(-(math.log2(10_000) + math.log2(keys)) / 2)
-    # What docs/diagnostics.md says of guessing: far below the threshold.
-    worst = max((1e-4 + 1 / len(language.keys)) / 2 for language in LANGUAGES.values())
-    assert worst < 0.02 < PASS_ACCURACY
-
-
-@pytest.mark.parametrize(
-    "arguments, named",
-    [
-        ({"lengths": [20]}, "length=20"),
-        ({"lengths": []}, "lengths=\\[\\]"),
-        ({"lengths": [0]}, "length=0"),
-        ({"samples": 0}, "samples=0"),
-        ({"depth": 1.5}, "depth=1.5"),
-        ({"languages": ["de"]}, "languages="),
-        ({"batch_size": 0}, "batch_size=0"),
-    ],
-)
-def test_bad_arguments_are_named(fresh_model, arguments, named):
-    with pytest.raises(ValueError, match=named) as error:
-        needle_accuracy(fresh_model, **({"lengths": [200], "samples": 1} | arguments))
-    assert "accepted" in str(error.value)
-
-
-def test_the_shortest_accepted_length_works(fresh_model):
+@pytest.mark.parametrize("language", ["en", "tr"])
+def test_the_shortest_accepted_length_works(language):
     with pytest.raises(ValueError, match="accepted is at least") as error:
-        make_needles(10, 1, languages=["tr"])
+        make_needles(10, 1, languages=[language])
     shortest = int(str(error.value).split("at least ")[1].split()[0])
-    needles = make_needles(shortest, 60, languages=["tr"])
+    needles = list(make_needles(shortest, 100, languages=[language]))
     assert {len(needle.prompt) for needle in needles} == {shortest}
-    assert min(needle.question - needle.prompt.index(needle.answer) for needle in needles) >= KEY_BYTES
+    assert min(needle.question - needle.key for needle in needles) >= KEY_BYTES
