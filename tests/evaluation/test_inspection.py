@@ -487,7 +487,7 @@ def test_a_whole_page_without_warnings(tmp_path, changes, steps):
 def test_the_page_shows_the_numbers(tmp_path, random_model, monkeypatch):
     """What is drawn, read from the figure's own lines."""
     figures = []
-    monkeypatch.setattr("model.evaluation.inspection_plots._write", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("model.evaluation.inspection_plots.write_figure", lambda figure, path: figures.append(figure))
     reasoning, layers = measure_reasoning(random_model, TEXT), inspect_layers(random_model, TEXT)
     results = {**reasoning.to_dict(), "inspection": layers.to_dict()}
     results["inspection"]["memories"][0]["heads"][0]["length"] = math.inf

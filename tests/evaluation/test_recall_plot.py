@@ -29,7 +29,7 @@ def results(fresh_model):
 def figure(monkeypatch):
     """The axes that a call draws, instead of a file."""
     drawn = []
-    monkeypatch.setattr(plots, "_write", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "write_figure", lambda figure, path: drawn.append(figure))
 
     def draw(results):
         plot_recall(results, "unused.png")
@@ -83,7 +83,7 @@ def test_heat_maps_show_the_values_by_depth_and_length(results, figure):
 
 
 def test_written_numbers_stand_out_from_their_cell():
-    axes = plots._figure(4, 4).add_subplot()
+    axes = plots.new_figure(4, 4).add_subplot()
     shares = [[0.0, 0.3, 0.59, 0.61, 0.9, 1.0, None]]
     plots.heat_map(axes, shares, ["a"], list("bcdefgh"))
     image = axes.images[0]
