@@ -324,7 +324,8 @@ def hold_chat(options: argparse.Namespace, model, preamble: bytes, settings: dic
 def open_memory(file: str, opened: contextlib.ExitStack):
     """The memory with its router, which is trained where there is none beside it yet; `opened` closes it."""
     from model.sgm.memory import ExternalMemory
-    from model.sgm.router import MemoryRouter, RoutedMemory
+    from model.sgm.routed import RoutedMemory
+    from model.sgm.router import MemoryRouter
 
     beside = Path(f"{file}.router.safetensors")
     try:

@@ -4,9 +4,10 @@
     python benchmarks/external_memory.py --facts 10 1000 --json
     python benchmarks/external_memory.py --router router.safetensors        # trained and saved there when missing
 
-Facts, messages and questions are generated (model.sgm.patterns); all that is measured is phrased by templates that
-training never shows. Hits of "BM25" are those of `ExternalMemory.retrieve`, of "trust" the same candidates in the
-router's order. Milliseconds are of one process on a file, with the fsync of each write.
+Messages, facts and questions are generated (model.sgm.patterns, model.sgm.facts); all that is measured, what is
+remembered too, is phrased by templates that training never shows. Hits of "BM25" are those of
+`ExternalMemory.retrieve`, of "trust" the same candidates in the router's order. Milliseconds are of one process on a
+file, with the fsync of each write.
 """
 
 import argparse
@@ -23,18 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.cli import Parser, guarded, positive
 from model.evaluation.report import json_text, text_table
+from model.sgm.facts import Fact, ask, draw_facts
 from model.sgm.memory import ExternalMemory
-from model.sgm.patterns import LANGUAGES, Fact, ask, draw_facts, messages
-from model.sgm.router import (
-    ACTIONS,
-    CANDIDATES,
-    STORE_PROBABILITY,
-    Decision,
-    Judged,
-    MemoryRouter,
-    judged_queries,
-    train_router,
-)
+from model.sgm.patterns import messages
+from model.sgm.phrases import LANGUAGES
+from model.sgm.routed import STORE_PROBABILITY
+from model.sgm.router import ACTIONS, Decision, MemoryRouter, train_router
+from model.sgm.trust import CANDIDATES, Judged, judged_queries
 
 SIZES = (10, 1_000, 100_000)
 
@@ -104,7 +100,8 @@ def retrieval_rows(
     router: MemoryRouter, size: int, language: str, queries: int, threshold: float
 ) -> tuple[list[dict], dict]:
     """Hit rates by form of fact, and milliseconds, among `size` facts."""
-    rng, facts = random.Random(size), draw_facts(size, language, seed=1)
+    rng = random.Random(size)
+    facts = draw_facts(size, language, seed=1, held_out=True)
     asked: list[Fact] = []
     for form in ("attribute", "episode", "reworded"):
         of_form = [fact for fact in facts if fact.form == form]

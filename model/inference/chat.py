@@ -19,7 +19,6 @@ turn with as much of its reply as was said, or none of it.
 
 import contextlib
 import random
-import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -34,30 +33,32 @@ from model.genesis.gate.byte_gate import ByteGate, GateLog
 from model.genesis.gate.classifier import HiddenStateGate
 from model.genesis.gate.guarded import GuardedStream
 from model.genesis.gate.policy import Policy, load_policy
-from model.inference.generate import (
+from model.inference.draw import (
+    AheadStream,
     Draw,
     Piece,
-    _Ahead,
-    _check,
-    _check_classifier,
-    _guarded_steps,
-    _Row,
-    _run,
-    _steps,
-    _Stream,
+    Row,
+    RowStream,
+    check_classifier,
+    check_request,
+    draw_bytes,
+    draw_guarded,
+    give_out,
 )
 from model.inference.sampling import check_sampling, sample
 from model.inference.stream import ByteStream
 from model.inference.text import Utf8Constraint, Utf8Emitter
-from model.sgm.memory import KINDS, BudgetExceeded, Entry
+from model.sgm.commands import forget
+from model.sgm.memory import BudgetExceeded
+from model.sgm.memory_entry import KINDS, MAX_TEXT, Entry
+from model.sgm.memory_text import one_line, printable, shown
 
 if TYPE_CHECKING:
-    from model.sgm.router import Routed, RoutedMemory
+    from model.sgm.routed import Routed, RoutedMemory
 
 MEMORY, USER, ASSISTANT, END = b"Memory: ", b"User: ", b"Assistant: ", b"\n\n"
 STOPS = (END, b"\n" + USER.rstrip())  # a model that goes on with the user's part has ended its own
 
-SURROGATES = re.compile("[\ud800-\udfff]")
 LISTED = 50  # entries of a list, at most
 # What a memory raises for a bad argument, file or database, or when its budget is used up: no reason to end a chat.
 MEMORY_ERRORS = (ValueError, OSError, BudgetExceeded)
@@ -68,7 +69,7 @@ COMMANDS = {  # name: (argument, what it does)
     "memory": ("", "how much is remembered, and how many writes are left today"),
     "list": ("[KIND]", f"what is remembered, the last {LISTED}; kinds are {', '.join(KINDS)}"),
     "remember": ("TEXT", "remember it"),
-    "forget": ("TEXT|#ID", "forget what contains all these words, or the entry of this number"),
+    "forget": ("TEXT|#ID", "forget the only entry with all these words, or the entry of this number"),
     "export": ("FILE", "write what is remembered as JSON"),
     "import": ("FILE", "remember what an exported file holds"),
     "reset": ("", "begin a new conversation; what is remembered stays"),
@@ -85,7 +86,7 @@ def framed(text: bytes, memories: Sequence[str] = ()) -> bytes:
         text: the user's line, any bytes, kept as they are.
         memories: texts from the memory, each of which becomes one line.
     """
-    lines = [MEMORY + _one_line(memory).encode() + b"\n" for memory in memories]
+    lines = [MEMORY + one_line(memory).encode() + b"\n" for memory in memories]
     return b"".join(lines) + USER + text + b"\n" + ASSISTANT
 
 
@@ -126,9 +127,9 @@ class Conversation:
         classifier: HiddenStateGate | None = None,
         classifier_mode: Literal["lower", "block"] = "lower",
     ):
-        _check([preamble], max_bytes, seed, stop, batch=1)
+        check_request([preamble], max_bytes, seed, stop, batch=1)
         check_sampling(temperature, top_k, top_p)
-        _check_classifier(model, classifier, classifier_mode)
+        check_classifier(model, classifier, classifier_mode)
         self.temperature = temperature
         self.replies = self.generated = 0  # replies, and the bytes of them that were given out
         self._max_bytes, self._top_k, self._top_p, self._any_bytes = max_bytes, top_k, top_p, any_bytes
@@ -176,15 +177,15 @@ class Conversation:
 
     def _draw(self, stream: ByteStream, frame: bytes) -> Iterator[Piece]:
         """The pieces of the reply, from a stream that has read `frame` last."""
-        row = _Row(0, frame, self._max_bytes, self._stops, not self._any_bytes)
-        part = _Stream(stream, [row], torch.zeros(1, dtype=torch.long, device=self._device))
+        row = Row(0, frame, self._max_bytes, self._stops, not self._any_bytes)
+        part = RowStream(stream, [row], torch.zeros(1, dtype=torch.long, device=self._device))
         constraints, seed = self._constraints(frame), self._seeds.getrandbits(63)
         if self._classifier is None:
-            steps = _steps([part], constraints, self._drawer(seed)[0], self._device, 1)
+            steps = draw_bytes([part], constraints, self._drawer(seed)[0], self._device, 1)
         else:
-            ahead = _Ahead(part, self._constraints(frame), self._drawer, seed, 1)
-            steps = _guarded_steps([ahead], constraints, self._device, 1, self._block, self._log)
-        return _run([row], steps, constraints[-1], self._log)
+            ahead = AheadStream(part, self._constraints(frame), self._drawer, seed, 1)
+            steps = draw_guarded([ahead], constraints, self._device, 1, self._block, self._log)
+        return give_out([row], steps, constraints[-1], self._log)
 
     def _constraints(self, frame: bytes) -> list:
         gate = ByteGate(self._automaton, 1, self._device).read([frame])
@@ -255,7 +256,7 @@ class Chat:
         routed = None
         if self._routed is not None:
             try:
-                routed = self._routed.handle(_printable(line))
+                routed = self._routed.handle(printable(line))
             except MEMORY_ERRORS as error:
                 self._note(f"memory: {str(error).removeprefix('memory ')}")
         if routed is not None and routed.command is not None:
@@ -281,19 +282,26 @@ class Chat:
 
     def _answer(self, routed: "Routed") -> None:
         """Tell what a command in words has done."""
-        if routed.budget_exceeded:
-            self._note("memory: not stored, today's writes are used up")
-        elif routed.command == "remember":
-            self._say(f"Remembered {_described(routed.stored)}" if routed.stored else "There is nothing to remember.")
+        if self._refused(routed):
+            return
+        if routed.command == "remember":
+            self._say(f"Remembered {_described(routed.stored)}")
         elif routed.command == "forget":
-            self._forgot(routed.forgotten)
+            self._forgot(routed.forgotten, routed.matching)
         else:
             self._listed(routed.listed)
 
-    def _report(self, routed: "Routed") -> None:
-        """Tell what the memory did about a line that is no command, where that was asked for."""
+    def _refused(self, routed: "Routed") -> bool:
+        """Whether something was to be stored and is not, which is told."""
         if routed.budget_exceeded:
             self._note("memory: not stored, today's writes are used up")
+        if routed.too_long:
+            self._note(f"memory: not stored, the line is too long; accepted are {MAX_TEXT:,} characters")
+        return routed.budget_exceeded or routed.too_long
+
+    def _report(self, routed: "Routed") -> None:
+        """Tell what the memory did about a line that is no command, where that was asked for."""
+        self._refused(routed)
         if not self._showing:
             return
         if routed.decision is not None:
@@ -338,36 +346,27 @@ class Chat:
         self._showing = argument == "on"
 
     def _do_memory(self, _: str) -> None:
-        memory = self._routed.memory
-        total, left = len(memory), memory.writes_left()
-        counts = ", ".join(f"{kind} {len(memory.list(kind, limit=max(total, 1))):,}" for kind in KINDS)
-        self._say(f"{total:,} remembered: {counts}; writes left today: {'no limit' if left is None else f'{left:,}'}")
+        counts, left = self._routed.memory.counts(), self._routed.memory.writes_left()
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
+        today = "no limit" if left is None else f"{left:,}"
+        self._say(f"{sum(counts.values()):,} remembered: {kinds}; writes left today: {today}")
 
     def _do_list(self, argument: str) -> None:
         self._listed(self._routed.memory.list(argument or None, limit=LISTED))
 
     def _do_remember(self, argument: str) -> None:
-        self._say(f"Remembered {_described(self._routed.memory.remember(_printable(argument)))}")
+        self._say(f"Remembered {_described(self._routed.memory.remember(printable(argument)))}")
 
     def _do_forget(self, argument: str) -> None:
-        memory = self._routed.memory
-        if not argument.startswith("#"):
-            self._forgot(memory.forget_matching(_printable(argument)))
-            return
-        if not re.fullmatch(r"#[0-9]{1,18}", argument):
-            raise ValueError(f"{argument!r}: accepted is # and the number of an entry, or words")
-        entry = memory.forget(int(argument[1:]))
-        self._forgot([] if entry is None else [entry])
+        self._forgot(*forget(self._routed.memory, printable(argument)))
 
     def _do_export(self, argument: str) -> None:
-        memory, path = self._routed.memory, Path(argument).expanduser()
-        if path.resolve() == memory.path.resolve():
-            raise ValueError(f"{argument}: the memory itself; accepted is another file")
-        memory.export_json(path)
+        memory = self._routed.memory
+        memory.export_json(_file(argument))
         self._say(f"Exported {len(memory):,} to {argument}")
 
     def _do_import(self, argument: str) -> None:
-        new = self._routed.memory.import_json(Path(argument).expanduser())
+        new = self._routed.memory.import_json(_file(argument))
         self._say(f"Imported {new:,} new from {argument}")
 
     def _do_reset(self, _: str) -> None:
@@ -382,10 +381,13 @@ class Chat:
         check_sampling(value, None, None)
         self.conversation.temperature = value
 
-    def _forgot(self, entries: Sequence[Entry]) -> None:
+    def _forgot(self, entries: Sequence[Entry], matching: Sequence[Entry]) -> None:
         for entry in entries:
             self._say(f"Forgot {_described(entry)}")
-        if not entries:
+        if matching:
+            self._listed(matching[:LISTED])
+            self._say(f"These words are in {len(matching):,} entries, and none is forgotten; /forget #ID forgets one.")
+        elif not entries:
             self._say("Nothing like that is remembered.")
 
     def _listed(self, entries: Sequence[Entry]) -> None:
@@ -395,20 +397,18 @@ class Chat:
             self._say("Nothing is remembered.")
 
     def _say(self, text: str) -> None:
-        self._writer(_printable(text) + "\n")
+        self._writer(shown(text) + "\n")
 
     def _note(self, text: str) -> None:
-        self._noter(_one_line(text))
+        self._noter(shown(one_line(text)))
+
+
+def _file(argument: str) -> Path:
+    try:
+        return Path(argument).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{argument!r}: there is no such user; accepted is a file") from None
 
 
 def _described(entry: Entry) -> str:
-    return f"#{entry.id} {entry.kind}: {_one_line(entry.text)}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(_printable(text).split())
-
-
-def _printable(text: str) -> str:
-    """Surrogates, as which a line holds bytes that are not UTF-8, become U+FFFD."""
-    return SURROGATES.sub("\ufffd", text)
+    return f"#{entry.id} {entry.kind}: {one_line(entry.text)}"

@@ -6,35 +6,38 @@
 
 Notable: any number of processes may share the file. Writing takes one `BEGIN IMMEDIATE` transaction, in which
 duplicates and the day's budget are looked up too; it is on the disk when the call returns (WAL, synchronous=FULL), so a
-process killed at any moment loses nothing that was acknowledged, and leaves nothing half done. What is searched is
-folded text (`model.genesis.gate.folding`: case, accents, ı and i are one) in two columns, whole words and words cut to
-their first `STEM` characters. Cutting stands for stemming, above all in Turkish, whose endings pile up at the end of a
-word (Can et al. 2008, "Information retrieval on Turkish texts").
+process killed at any moment loses nothing that was acknowledged, and leaves nothing half done. What is searched are
+folded words (`memory_text`) in two columns, whole and cut to their first `STEM` characters. Cutting stands for
+stemming, above all in Turkish, whose endings pile up at the end of a word (Can et al. 2008, "Information retrieval on
+Turkish texts").
 """
 
 import contextlib
-import hashlib
-import json
-import math
 import os
-import re
 import sqlite3
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
+from dataclasses import fields, replace
 from pathlib import Path
 
 from model.files import write_atomically
-from model.genesis.gate.folding import fold
+from model.sgm.memory_entry import (
+    KINDS,
+    Entry,
+    Match,
+    calendar_day,
+    check_integer,
+    check_kind,
+    checked,
+    checked_text,
+)
+from model.sgm.memory_json import exported, read_export
+from model.sgm.memory_text import INFLECTED, contains_all, identity, search_words, stem
 
-KINDS = ("fact", "episode", "skill")
-FORMAT, VERSION = "agiformer.memory", 1
+VERSION = 1
 APPLICATION_ID = 0x41474D31  # tells our files from other SQLite databases
-STEM = 4  # characters; chosen by hit rates, docs/memory.md
-MAX_TEXT = 10_000  # characters of an entry
+OWN_FILES = ("", "-wal", "-shm", "-journal", ".router.safetensors")  # by what follows the database's path
 MAX_QUERY = 64  # different words of a query that count
 BUSY_S = 30.0  # how long a call waits for other processes' writes
 
@@ -66,31 +69,6 @@ END;
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {VERSION};
 """
-# Characters that are words by themselves: pictographs, and scripts that write no spaces.
-_TOKEN = re.compile(r"[\u2600-\u27bf\u2e80-\u9fff\U0001f000-\U0003ffff]|[^\W\u2e80-\u9fff\U0001f000-\U0003ffff]+")
-_APOSTROPHE = re.compile(r"(?<=\w\w)['’ʼ]\w+")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One memory. created, accessed: seconds since 1970; confidence: in [0, 1]; source: who said it."""
-
-    id: int
-    kind: str
-    text: str
-    confidence: float
-    created: float
-    accessed: float
-    accesses: int
-    source: str
-
-
-@dataclass(frozen=True)
-class Match:
-    """A retrieved entry and its BM25 score, larger for better ones; scores of different queries do not compare."""
-
-    entry: Entry
-    score: float
 
 
 class BudgetExceeded(RuntimeError):
@@ -104,25 +82,6 @@ _COLUMNS = ", ".join(field.name for field in fields(Entry))
 def _made(row: tuple) -> Entry:
     entry = Entry(*row)
     return replace(entry, **{name: float(getattr(entry, name)) for name in ("confidence", "created", "accessed")})
-
-
-def search_words(text: str) -> list[str]:
-    """The folded words of a text, in order: "Ayşe'nin arabası" → ["ayse", "arabasi"].
-
-    What follows an apostrophe is an ending, in Turkish names as in English, and is left out.
-    """
-    return _TOKEN.findall(_APOSTROPHE.sub("", fold(text)))
-
-
-def stem(word: str) -> str:
-    """What a word is found by besides itself: its first STEM characters."""
-    return word[:STEM]
-
-
-def _digest(text: str) -> bytes:
-    """The same for texts that differ in case, spaces, normalisation and a full stop, but not in accents."""
-    same = unicodedata.normalize("NFKC", text).casefold().replace("ı", "i").replace("\u0307", "")
-    return hashlib.sha256(" ".join(same.split()).rstrip(".!… ").encode()).digest()
 
 
 class ExternalMemory:
@@ -142,10 +101,13 @@ class ExternalMemory:
         self, path: str | os.PathLike, *, daily_budget: int | None = 100, clock: Callable[[], float] = time.time
     ):
         if daily_budget is not None:
-            _check_integer("daily_budget", daily_budget, 0)
+            check_integer("daily_budget", daily_budget, 0)
         self.path, self.daily_budget, self._clock = Path(path), daily_budget, clock
-        if self.path.is_dir():
+        if os.path.isdir(path):
             raise ValueError(f"path={str(path)!r}: a folder; accepted is a file")
+        # Resolved now, since the working directory may change; SQLite puts its own beside what a link points to.
+        bases = (self.path, os.path.realpath(self.path))
+        self._own = {os.path.realpath(f"{base}{end}") for base in bases for end in OWN_FILES}
         self._lock = threading.RLock()
         with self._reported():
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,15 +122,14 @@ class ExternalMemory:
     def _open(self) -> None:
         if not self._db.execute("SELECT sqlite_compileoption_used('ENABLE_FTS5')").fetchone()[0]:
             raise ValueError(f"sqlite {sqlite3.sqlite_version}: built without FTS5; accepted is a build that has it")
-        identity = self._identity()
-        if identity != (APPLICATION_ID, VERSION):
+        if self._format() != (APPLICATION_ID, VERSION):
             with self._writing():
-                identity = self._identity()  # another process may have been first
-                if identity == (0, 0) and not self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                found = self._format()  # another process may have been first
+                if found == (0, 0) and not self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
                     for statement in _statements(SCHEMA):
                         self._db.execute(statement)
-                elif identity != (APPLICATION_ID, VERSION):
-                    kind = f"a memory of version {identity[1]}" if identity[0] == APPLICATION_ID else "another database"
+                elif found != (APPLICATION_ID, VERSION):
+                    kind = f"a memory of version {found[1]}" if found[0] == APPLICATION_ID else "another database"
                     raise ValueError(f"memory {self.path}: {kind}; accepted is a memory of version {VERSION}")
         # Changing to WAL does not wait for others by itself.
         deadline = time.monotonic() + BUSY_S
@@ -183,7 +144,7 @@ class ExternalMemory:
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA secure_delete = ON")
 
-    def _identity(self) -> tuple[int, int]:
+    def _format(self) -> tuple[int, int]:
         return tuple(self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
 
     @contextlib.contextmanager
@@ -239,17 +200,17 @@ class ExternalMemory:
             ValueError: the text is empty or longer than MAX_TEXT, or another argument is not accepted.
             BudgetExceeded: the day's budget is used up.
         """
-        text = _checked(text, kind, confidence, source)
+        text = checked(text, kind, confidence, source)
         now = self._now()
         with self._writing():
             row = self._db.execute(
                 "UPDATE entries SET confidence = max(confidence, ?), accessed = ?, accesses = accesses + 1 "
                 f"WHERE kind = ? AND digest = ? RETURNING {_COLUMNS}",
-                (confidence, now, kind, _digest(text)),
+                (confidence, now, kind, identity(text)),
             ).fetchall()
             if row:
                 return _made(row[0])
-            day = _day(now)
+            day = calendar_day(now)
             if self.daily_budget is not None and self._written(day) >= self.daily_budget:
                 raise BudgetExceeded(
                     f"daily_budget={self.daily_budget}: used up on {day} (UTC); "
@@ -262,17 +223,17 @@ class ExternalMemory:
 
     def remember_all(self, texts: Sequence[str], kind: str = "fact", *, source: str = "user") -> "list[int]":
         """Keep several texts in one transaction, without using the budget. Returns their ids, in order."""
-        texts, now = [_checked(text, kind, 1.0, source) for text in texts], self._now()
+        texts, now = [checked(text, kind, 1.0, source) for text in texts], self._now()
         with self._writing():
             ids = {}
             for text in texts:
-                digest = _digest(text)
+                digest = identity(text)
                 if digest not in ids:
                     row = self._db.execute(
                         "SELECT id FROM entries WHERE kind = ? AND digest = ?", (kind, digest)
                     ).fetchone()
                     ids[digest] = row[0] if row else self._insert(Entry(0, kind, text, 1.0, now, now, 0, source)).id
-            return [ids[_digest(text)] for text in texts]
+            return [ids[identity(text)] for text in texts]
 
     def _insert(self, entry: Entry) -> Entry:
         words = search_words(entry.text)
@@ -281,7 +242,7 @@ class ExternalMemory:
             f"VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING {_COLUMNS}",
             (
                 entry.kind, entry.text, entry.confidence, entry.created, entry.accessed, entry.accesses, entry.source,
-                _digest(entry.text), " ".join(words), " ".join(map(stem, words)),
+                identity(entry.text), " ".join(words), " ".join(map(stem, words)),
             ),
         ).fetchall()  # fmt: skip
         return _made(row[0])
@@ -298,37 +259,42 @@ class ExternalMemory:
 
     def forget(self, id: int) -> Entry | None:
         """Remove an entry for good. Returns what it was, None where there is none of that id."""
-        _check_integer("id", id, 1)
+        check_integer("id", id, 1)
         with self._writing():
             rows = self._db.execute(f"DELETE FROM entries WHERE id = ? RETURNING {_COLUMNS}", (id,)).fetchall()
         return _made(rows[0]) if rows else None
 
     def forget_matching(self, query: str) -> list[Entry]:
-        """Remove the entries that contain all words of the query; none where it has no words.
+        """Remove the entry that contains all words of the query, where it is the only one that does.
 
-        A word is contained where it, or it with more or less of an ending, is there: one begins with the other and both
-        have at least three characters. Words that are only cut alike do not suffice.
+        A word is contained where it is there whole, but for a grammatical ending of a long one (`same_word`).
+
+        Returns:
+            The entries that contain them, the oldest first: one, which is gone, or several, of which none is; none
+            where the query has no words.
         """
-        words = list(dict.fromkeys(search_words(_checked_text("query", query))))
+        words = list(dict.fromkeys(search_words(checked_text("query", query))))
         if not words:
             return []
-        match = " AND ".join(f'words:"{word[:3]}"' + "*" * (len(word) > 2) for word in words)
+        # Those that may be: a word that has an ending begins as it does without.
+        near = (f'words:"{word[:INFLECTED]}"' + "*" * (len(word) >= INFLECTED) for word in words[:MAX_QUERY])
         with self._writing():
             rows = self._db.execute(
                 f"SELECT {_COLUMNS} FROM entries "
                 "WHERE id IN (SELECT rowid FROM search WHERE search MATCH ?) ORDER BY id",
-                (match,),
+                (" AND ".join(near),),
             ).fetchall()
-            entries = [entry for entry in (_made(row) for row in rows) if _contains(search_words(entry.text), words)]
-            self._db.executemany("DELETE FROM entries WHERE id = ?", [(entry.id,) for entry in entries])
-        return entries
+            found = [entry for entry in map(_made, rows) if contains_all(search_words(entry.text), words)]
+            if len(found) == 1:
+                self._db.execute("DELETE FROM entries WHERE id = ?", (found[0].id,))
+        return found
 
     def writes_left(self) -> int | None:
         """New entries that today's budget still allows; None without a budget."""
         if self.daily_budget is None:
             return None
         with self._reported():
-            return max(0, self.daily_budget - self._written(_day(self._now())))
+            return max(0, self.daily_budget - self._written(calendar_day(self._now())))
 
     def _written(self, day: str) -> int:
         row = self._db.execute("SELECT count FROM writes WHERE day = ?", (day,)).fetchone()
@@ -336,7 +302,7 @@ class ExternalMemory:
 
     def _now(self) -> float:
         now = self._clock()
-        _day(now)
+        calendar_day(now)
         return float(now)
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -355,11 +321,11 @@ class ExternalMemory:
         Raises:
             ValueError: an argument is not accepted.
         """
-        _check_integer("limit", limit, 1)
+        check_integer("limit", limit, 1)
         wanted = KINDS if kinds is None else tuple(kinds)
         for kind in wanted:
-            _check_kind(kind)
-        words = list(dict.fromkeys(search_words(_checked_text("query", query))))[:MAX_QUERY]
+            check_kind(kind)
+        words = list(dict.fromkeys(search_words(checked_text("query", query))))[:MAX_QUERY]
         if not words or not wanted:
             return []
         terms = dict.fromkeys(f'words:"{word}"' for word in words) | dict.fromkeys(
@@ -380,19 +346,26 @@ class ExternalMemory:
             self.touch([match.entry for match in matches])
         return matches
 
-    def list(self, kind: str | None = None, *, limit: int = 50, offset: int = 0) -> list[Entry]:
-        """Entries, of one kind or all, the newest first."""
+    def list(self, kind: str | None = None, *, limit: int | None = 50, offset: int = 0) -> list[Entry]:
+        """Entries, of one kind or all, the newest first; at most `limit`, or all there are."""
         if kind is not None:
-            _check_kind(kind)
-        _check_integer("limit", limit, 1)
-        _check_integer("offset", offset, 0)
+            check_kind(kind)
+        if limit is not None:
+            check_integer("limit", limit, 1)
+        check_integer("offset", offset, 0)
         with self._reported():
             rows = self._db.execute(
                 f"SELECT {_COLUMNS} FROM entries WHERE ? IS NULL OR kind = ? "
                 "ORDER BY created DESC, id DESC LIMIT ? OFFSET ?",
-                (kind, kind, limit, offset),
+                (kind, kind, -1 if limit is None else limit, offset),
             ).fetchall()
         return [_made(row) for row in rows]
+
+    def counts(self) -> dict[str, int]:
+        """How many entries there are of each of KINDS."""
+        with self._reported():
+            found = dict(self._db.execute("SELECT kind, count(*) FROM entries GROUP BY kind"))
+        return {kind: found.get(kind, 0) for kind in KINDS}
 
     def verify(self) -> "list[str]":
         """What is wrong with the file: what SQLite says of the database, and of its index against the table."""
@@ -408,11 +381,28 @@ class ExternalMemory:
     # ── JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def export_json(self, path: str | os.PathLike) -> Path:
-        """Write all entries, as they are at one moment, to a file that is whole or not there."""
+        """Write all entries, as they are at one moment, to a file that is whole or not there.
+
+        Raises:
+            ValueError: the path is a folder or a device, or a file of the memory's own (OWN_FILES).
+            OSError: the file cannot be written.
+        """
+        name = repr(os.fspath(path))
+        try:
+            if os.path.realpath(path) in self._own:
+                raise ValueError("of the memory itself; accepted is another file")
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise ValueError("no file, but a folder or device; accepted is a file that can be written")
+        except ValueError as error:  # also of a NUL in the path
+            raise ValueError(f"path={name}: {error}") from None
         with self._reported():
             rows = self._db.execute(f"SELECT {_COLUMNS} FROM entries ORDER BY id").fetchall()
-        data = {"format": FORMAT, "version": VERSION, "entries": [asdict(_made(row)) for row in rows]}
-        return write_atomically(path, (json.dumps(data, ensure_ascii=False, indent=1) + "\n").encode())
+        data = exported([_made(row) for row in rows])
+        try:
+            return write_atomically(path, data)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OSError(f"path={name}: {reason}; accepted is a file that can be written") from None
 
     def import_json(self, path: str | os.PathLike) -> int:
         """Add the entries of an exported file: all, or none where one is not accepted. No budget is used.
@@ -426,14 +416,14 @@ class ExternalMemory:
         Raises:
             ValueError: the file cannot be read or is no export, with the entry that is wrong.
         """
-        entries = _read_export(path)
+        entries = read_export(path)
         with self._writing():
             new = 0
             for entry in entries:
                 merged = self._db.execute(
                     "UPDATE entries SET confidence = max(confidence, ?), created = min(created, ?), "
                     "accessed = max(accessed, ?), accesses = max(accesses, ?) WHERE kind = ? AND digest = ?",
-                    (*(getattr(entry, name) for name in _MERGED), entry.kind, _digest(entry.text)),
+                    (*(getattr(entry, name) for name in _MERGED), entry.kind, identity(entry.text)),
                 ).rowcount
                 if not merged:
                     self._insert(entry)
@@ -449,85 +439,3 @@ def _statements(script: str) -> Iterator[str]:
         if statement.strip() and sqlite3.complete_statement(statement):
             yield statement
             statement = ""
-
-
-def _contains(text: list[str], query: list[str]) -> bool:
-    def alike(a: str, b: str) -> bool:
-        return a == b or (min(len(a), len(b)) >= 3 and (a.startswith(b) or b.startswith(a)))
-
-    return all(any(alike(word, other) for other in text) for word in query)
-
-
-def _read_export(path: str | os.PathLike) -> list[Entry]:
-    try:
-        data = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise ValueError(f"import {path}: {error.strerror or error}; accepted is a readable file") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"import {path}: not JSON; accepted is a file that export wrote") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("entries"), list):
-        raise ValueError(f"import {path}: no export of a memory; accepted is a file that export wrote")
-    if data.get("version") != VERSION:
-        raise ValueError(f"import {path}: version {data.get('version')!r}; accepted is {VERSION}")
-    entries = []
-    for number, values in enumerate(data["entries"], 1):
-        try:
-            entries.append(_entry(values))
-        except ValueError as error:
-            raise ValueError(f"import {path}: entry {number}: {error}") from None
-    return entries
-
-
-def _entry(values: object) -> Entry:
-    names = [field.name for field in fields(Entry)]
-    if not isinstance(values, dict) or set(values) != set(names):
-        raise ValueError(f"accepted is an object with {', '.join(names)}")
-    entry = Entry(**values)
-    text = _checked(entry.text, entry.kind, entry.confidence, entry.source)
-    for name in ("created", "accessed"):
-        _day(getattr(entry, name), name)
-    _check_integer("accesses", entry.accesses, 0)
-    return replace(entry, text=text)
-
-
-def _checked(text: str, kind: str, confidence: float, source: str) -> str:
-    """The text without the spaces around it; ValueError where an argument is not accepted."""
-    text = _checked_text("text", text).strip()
-    if not text or len(text) > MAX_TEXT:
-        shown = text if len(text) < 50 else f"{text[:50]}… ({len(text)} characters)"
-        raise ValueError(f"text={shown!r}: accepted is a text of 1 to {MAX_TEXT} characters")
-    _check_kind(kind)
-    if isinstance(confidence, bool) or not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
-        raise ValueError(f"confidence={confidence!r}: accepted is a number from 0 to 1")
-    _checked_text("source", source)
-    return text
-
-
-def _checked_text(name: str, text: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"{name}={text!r}: accepted is a text (str)")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name}={text[:50]!r}: half of a surrogate pair; accepted is Unicode text") from None
-    return text
-
-
-def _check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r}: accepted are {', '.join(KINDS)}")
-
-
-def _check_integer(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-        raise ValueError(f"{name}={value!r}: accepted is an integer ≥ {least}")
-
-
-def _day(seconds: float, name: str = "clock") -> str:
-    """The calendar day, UTC, of a time."""
-    try:
-        if isinstance(seconds, bool) or not math.isfinite(seconds):
-            raise ValueError
-        return datetime.fromtimestamp(seconds, UTC).date().isoformat()
-    except (TypeError, ValueError, OverflowError, OSError):
-        raise ValueError(f"{name}={seconds!r}: accepted are seconds since 1970") from None

@@ -9,7 +9,8 @@ import torch
 from model import ByteStream
 from model.genesis.gate.classifier import HiddenStateGate
 from model.genesis.gate.policy import Policy, Rule
-from model.inference.generate import _Row, generate
+from model.inference.draw import Row
+from model.inference.generate import generate
 
 
 def collect(pieces, rows: int = 1) -> list[tuple[bytes, str]]:
@@ -165,7 +166,7 @@ def test_rows_release_all_but_a_possible_stop(seed):
     rng = random.Random(seed)
     text = bytes(rng.choices(b"ab", k=40))
     stops = tuple(bytes(rng.choices(b"ab", k=rng.randint(3, 8))) for _ in range(rng.randint(0, 3)))
-    row, given = _Row(0, b"ab", 40, stops, whole_characters=False), b""
+    row, given = Row(0, b"ab", 40, stops, whole_characters=False), b""
     for i in range(1, 41):
         piece = row.push(text[i - 1])
         given += piece.data if piece else b""
@@ -179,7 +180,7 @@ def test_rows_release_all_but_a_possible_stop(seed):
 
 
 def test_a_stop_inside_characters_leaves_whole_ones():
-    row, given = _Row(0, b"", 99, (b"\x9fx", b"\xbc!"), whole_characters=True), b""
+    row, given = Row(0, b"", 99, (b"\x9fx", b"\xbc!"), whole_characters=True), b""
     for byte in "ığşğxü!".encode():
         piece = row.push(byte)
         if piece:
@@ -198,7 +199,7 @@ def test_rows_release_no_end_that_must_not_be(seed):
     text = "".join(rng.choices("abığ😀", k=30)).encode()
     may_end = [rng.random() < 0.6 for _ in text]
     stops = tuple(rng.choice([b"ab", b"ba", b"\x9f", b"b\xc4"]) for _ in range(rng.randint(0, 2)))
-    row, given = _Row(0, b"", len(text), stops, whole_characters), b""
+    row, given = Row(0, b"", len(text), stops, whole_characters), b""
 
     def longest(n: int) -> int:
         ends = [i for i in range(n + 1) if i == 0 or (may_end[i - 1] and (not whole_characters or is_utf8(text[:i])))]

@@ -13,8 +13,11 @@ import time
 import pytest
 
 from model.sgm import memory as module
-from model.sgm.memory import MAX_TEXT, BudgetExceeded, ExternalMemory, search_words
-from model.sgm.patterns import ask, draw_facts
+from model.sgm.facts import ask, draw_facts
+from model.sgm.memory import BudgetExceeded, ExternalMemory
+from model.sgm.memory_entry import MAX_TEXT
+from model.sgm.memory_json import MAX_ACCESSES
+from model.sgm.memory_text import search_words
 
 DAY = 86_400.0
 
@@ -148,25 +151,36 @@ def test_budget_is_of_the_day_in_utc_and_shared(tmp_path):
         assert free.writes_left() is None and free.remember("yes")
 
 
-def test_forgetting(memory):
-    for text in (
-        "Adım Ali",
-        "Ali's name is short",
-        "Adana güzel",
-        "my name is Ali",
-        "Köpeğim Rex",
-        "At aldım",
-        "atlas",
-    ):
+def test_different_texts_are_different_entries(memory):
+    for text in ("!!!", "...", "Kızın adı Sıla", "Kızın adı Sila"):
         memory.remember(text)
-    assert memory.forget_matching("?!") == [] == memory.forget_matching("adı yok")
-    assert [e.text for e in memory.forget_matching("ADIMI")] == ["Adım Ali"]
+    assert len(memory) == 4 == len(set(memory.remember_all(["!!!", "...", "Kızın adı Sıla", "Kızın adı Sila"])))
+    assert len(memory.retrieve("sıla")) == 2  # searching folds
+
+
+def test_forgetting(memory):
+    for text in ("Adım Ali", "Ali's name is short", "my name is Ali", "Köpeğim Rex", "At aldım", "atlas"):
+        memory.remember(text)
+    before = memory.list()
+    for query in ("?!", "adı yok", "köpekçi", "ata", "Rexy", "ADIMI"):
+        assert memory.forget_matching(query) == []
     assert [e.text for e in memory.forget_matching("ali name")] == ["Ali's name is short", "my name is Ali"]
-    assert [e.text for e in memory.forget_matching("at")] == ["At aldım"]  # two letters are no stem
-    assert memory.forget_matching("köpekçi") == []  # cut alike, but another word
-    assert memory.forget(10**6) is None and memory.retrieve("ali") == [] and memory.verify() == []
+    assert [e.text for e in memory.forget_matching("ali")] == ["Adım Ali", "Ali's name is short", "my name is Ali"]
+    assert memory.list() == before  # where several match, none is gone
+    assert [e.text for e in memory.forget_matching("ALİ short")] == ["Ali's name is short"]
+    assert [e.text for e in memory.forget_matching("köpeğimi")] == ["Köpeğim Rex"]
+    assert [e.text for e in memory.forget_matching("at")] == ["At aldım"]
+    assert memory.forget_matching("ali " * 5000 + "yok") == []
+    assert memory.forget(10**6) is None and memory.retrieve("short") == [] and memory.verify() == []
     last = memory.list(limit=1)[0]
     assert memory.forget(last.id) == last and memory.remember("new").id > last.id
+
+
+def test_counts(memory):
+    assert memory.counts() == {"fact": 0, "episode": 0, "skill": 0}
+    for i in range(5):
+        memory.remember(f"text {i}", "skill" if i else "fact")
+    assert memory.counts() == {"fact": 1, "episode": 0, "skill": 4}
 
 
 def test_list_pages_through_all(memory):
@@ -175,6 +189,9 @@ def test_list_pages_through_all(memory):
         memory.remember(f"text {i}", "skill" if i < 5 else "fact")
     pages = [entry.text for offset in range(0, 30, 10) for entry in memory.list(limit=10, offset=offset)]
     assert pages == [f"text {i}" for i in reversed(range(25))] and len(memory.list("skill")) == 5
+    memory.remember_all([f"more {i}" for i in range(100)])
+    assert len(memory.list()) == 50 and len(memory.list(limit=None)) == 125
+    assert len(memory.list("skill", limit=None, offset=2)) == 3
 
 
 def test_export_and_import(memory, tmp_path):
@@ -194,6 +211,57 @@ def test_export_and_import(memory, tmp_path):
         assert (merged.confidence, merged.created, merged.accesses) == (0.75, 5.0, 40)
         path.write_bytes(original)
         assert other.import_json(path) == 0 and other.list("fact") == [merged]
+
+
+def test_an_export_never_replaces_the_memory(memory, tmp_path, monkeypatch):
+    memory.remember("kept")
+    folder = memory.path.parent
+    router = folder / "m.db.router.safetensors"
+    router.write_bytes(b"weights")
+    (tmp_path / "link.db").symlink_to(memory.path)
+    (tmp_path / "up").symlink_to(folder)
+    with ExternalMemory(tmp_path / "link.db") as linked:
+        monkeypatch.chdir(folder)
+        own = [f"m.db{end}" for end in ("", "-wal", "-shm", "-journal", ".router.safetensors")]
+        others = ["./m.db", "../folder/m.db-wal", tmp_path / "link.db", tmp_path / "up" / "m.db-shm"]
+        for path in (*own, *others):
+            for each in (memory, linked):
+                with pytest.raises(ValueError, match=re.escape(f"path={os.fspath(path)!r}: of the memory itself; acc")):
+                    each.export_json(path)
+        with pytest.raises(ValueError, match="of the memory itself"):
+            linked.export_json(tmp_path / "link.db.router.safetensors")
+    # Opened by a relative path, and the folder changed since.
+    with ExternalMemory("m.db") as relative:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match="of the memory itself"):
+            relative.export_json(memory.path)
+        assert relative.export_json("m.db").read_text("utf-8").count("kept") == 1  # another folder's
+    assert router.read_bytes() == b"weights" and memory.verify() == []
+    assert texts(memory.retrieve("kept")) == ["kept"]
+
+
+def test_an_export_that_cannot_be_written_is_one_line(memory, tmp_path):
+    memory.remember("x")
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, "", tmp_path / "pipe", tmp_path / "file" / "x", tmp_path / ("x" * 300), "a\0b"):
+        with pytest.raises((ValueError, OSError), match=r"accepted is a file|null byte") as caught:
+            memory.export_json(path)
+        assert str(caught.value).startswith(f"path={os.fspath(path)!r}: ") and "\n" not in str(caught.value)
+
+
+def test_counts_of_accesses_do_not_overflow(memory, tmp_path):
+    memory.remember("x")
+    path = memory.export_json(tmp_path / "e.json")
+    data = json.loads(path.read_text())
+    for count in (2**53, 2**63 - 1, 10**25):
+        data["entries"][0]["accesses"] = count
+        path.write_text(json.dumps(data))
+        assert memory.import_json(path) == 0
+        assert memory.list()[0].accesses == MAX_ACCESSES
+    memory.touch(memory.list())
+    memory.remember("x")
+    assert memory.list()[0].accesses == MAX_ACCESSES + 2 and isinstance(memory.list()[0].accesses, int)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +361,7 @@ def test_a_locked_file_is_one_line(memory, monkeypatch):
 
 @pytest.mark.parametrize("language", ["en", "tr"])
 def test_hits_among_a_thousand_facts(memory, language):
-    rng, facts = random.Random(1), draw_facts(1000, language)
+    rng, facts = random.Random(1), draw_facts(1000, language, held_out=True)
     ids = memory.remember_all([fact.text for fact in facts])
     hits = [
         ids[i] in [match.entry.id for match in memory.retrieve(ask(facts[i], rng, held_out=True), touch=False)]
