@@ -46,10 +46,10 @@ def whole(script, curriculum, tmp_path_factory):  # noqa: F811
             with pytest.MonkeyPatch.context() as patch:
                 step, text = TrainingStep.run, matplotlib.axes.Axes.text
 
-                def run(self, x):
+                def run(self, x, weights=None):
                     shapes.append(tuple(x.shape))
                     guarded.add(bool(self.genesis.blocked(address).any()))
-                    return step(self, x)
+                    return step(self, x, weights)
 
                 patch.setattr(TrainingStep, "run", run)
                 patch.setattr(

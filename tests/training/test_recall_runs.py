@@ -1,4 +1,4 @@
-"""Recall tasks in training: their weights reach the loss, memory takes no tasks, and a run with them resumes exactly."""
+"""Recall tasks in training: weights reach the loss, memory takes no tasks, and a run with them resumes exactly."""
 
 import pytest
 import torch

@@ -143,7 +143,9 @@ def test_weights_say_what_a_byte_counts():
     assert loss.item() == pytest.approx(sum(of_text) / len(of_text), rel=1e-5)
     for (name, p), other in zip(model.named_parameters(), twin.parameters()):
         if other.grad is not None:
-            torch.testing.assert_close(p.grad, other.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                p.grad, other.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def test_weights_of_one_are_no_weights():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,8 +87,27 @@ def script(environment):
             if stop_at is not None:
                 patch.setattr(Trainer, "plot", lambda self: None)  # only what ends is looked at
             patch.setenv("AGIFORMER_CACHE", environment["AGIFORMER_CACHE"])
+            patch.setattr(torch.cuda, "is_available", lambda: False)  # as for the runs that are processes of their own
             patch.setattr(sys, "argv", ["train_curriculum.py", *map(str, arguments)])
             return train_curriculum.main()
+
+    return run
+
+
+@pytest.fixture
+def train_here(script, capsys):
+    """`train` in this process."""
+
+    def run(*arguments, check=True):
+        capsys.readouterr()
+        try:
+            code = script(*arguments)
+        except SystemExit as exit:
+            code = exit.code
+        written = capsys.readouterr()
+        if check:
+            assert code == 0, written.err
+        return SimpleNamespace(returncode=code, stdout=written.out, stderr=written.err)
 
     return run
 
@@ -159,13 +179,13 @@ def test_every_line_of_the_log_is_json(whole_run):
     assert {"train", "evaluation", "stage_end"} <= set(events)
 
 
-def test_the_same_run_again_is_bit_identical(whole_run, curriculum, environment, tmp_path):
-    train(environment, *RUN, "--curriculum", curriculum, "--steps", 60, "--out", tmp_path)
+def test_the_same_run_again_is_bit_identical(whole_run, curriculum, train_here, tmp_path):
+    train_here(*RUN, "--curriculum", curriculum, "--steps", 60, "--out", tmp_path)
     assert identical(whole_run[0], tmp_path)
 
 
-def test_another_seed_is_another_run(whole_run, curriculum, environment, tmp_path):
-    train(environment, *RUN, "--curriculum", curriculum, "--steps", 60, "--out", tmp_path, "--seed", 1)
+def test_another_seed_is_another_run(whole_run, curriculum, train_here, tmp_path):
+    train_here(*RUN, "--curriculum", curriculum, "--steps", 60, "--out", tmp_path, "--seed", 1)
     assert metrics(tmp_path)["train"] != metrics(whole_run[0])["train"]
 
 
@@ -251,106 +271,104 @@ def test_two_workers_share_a_run(curriculum, environment, tmp_path):
         (["--device", "tpu"], "--device tpu: accepted are auto, cpu, cuda"),
     ],
 )
-def test_bad_input_gets_one_line(environment, tmp_path, arguments, message):
-    done = train(environment, "--preset", "nano", "--out", tmp_path / "out", *arguments, check=False)
+def test_bad_input_gets_one_line(train_here, tmp_path, arguments, message):
+    done = train_here("--preset", "nano", "--out", tmp_path / "out", *arguments, check=False)
     assert done.returncode != 0
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_an_empty_corpus_is_named(environment, tmp_path):
+def test_an_empty_corpus_is_named(train_here, tmp_path):
     (tmp_path / "empty.txt").write_bytes(b"")
-    done = train(environment, "--curriculum", tmp_path / "empty.txt", "--out", tmp_path / "out", check=False)
+    done = train_here("--curriculum", tmp_path / "empty.txt", "--out", tmp_path / "out", check=False)
     assert done.returncode == 2
     assert "empty.txt" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_resuming_another_run_is_refused(whole_run, environment):
+def test_resuming_another_run_is_refused(whole_run, train_here):
     out = whole_run[0]
     before = (out / "last_model_curriculum.safetensors").read_bytes()
     for arguments, message in (
         (["--steps", "61"], "--steps 61: the run being resumed has 60"),
         (["--set", "window=9"], "differs from the model being resumed"),
     ):
-        done = train(environment, "--resume", "--out", out, *arguments, check=False)
+        done = train_here("--resume", "--out", out, *arguments, check=False)
         assert done.returncode == 2
         assert message in done.stderr
     assert (out / "last_model_curriculum.safetensors").read_bytes() == before
 
 
-def test_weights_alone_cannot_be_resumed(whole_run, environment):
+def test_weights_alone_cannot_be_resumed(whole_run, train_here):
     best = whole_run[0] / "best_model_curriculum.safetensors"
-    done = train(environment, "--resume", best, "--out", whole_run[0], check=False)
+    done = train_here("--resume", best, "--out", whole_run[0], check=False)
     assert done.returncode == 2
     assert "weights without training state" in done.stderr
 
 
-def test_changed_data_is_noticed(curriculum, environment, tmp_path):
+def test_changed_data_is_noticed(curriculum, train_here, tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     for path in curriculum.parent.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     arguments = [*RUN, "--curriculum", folder / "three.toml", "--steps", 6, "--out", tmp_path / "out"]
-    train(environment, *arguments)
+    train_here(*arguments)
     with open(folder / "masal.txt", "a", encoding="utf-8") as file:
         file.write("\n\nbir varmış")
-    done = train(environment, *arguments, "--resume", check=False)
+    done = train_here(*arguments, "--resume", check=False)
     assert done.returncode == 2
     assert "the data of stage 'masal' has changed" in done.stderr
 
 
-def test_a_new_run_moves_the_old_one_aside(whole_run, curriculum, environment, tmp_path):
+def test_a_new_run_moves_the_old_one_aside(whole_run, curriculum, train_here, tmp_path):
     arguments = [*RUN, "--curriculum", curriculum, "--out", tmp_path]
-    train(environment, *arguments, "--steps", 6)
+    train_here(*arguments, "--steps", 6)
     before = (tmp_path / "last_model_curriculum.safetensors").read_bytes()
-    done = train(environment, *arguments, "--steps", 3)
+    done = train_here(*arguments, "--steps", 3)
     assert "moved to" in done.stderr
     assert (tmp_path / "previous-1" / "last_model_curriculum.safetensors").read_bytes() == before
     assert metrics(tmp_path)["train"][-1]["step"] == 3
     assert metrics(tmp_path / "previous-1")["train"][-1]["step"] == 6
 
 
-def test_a_finished_run_resumed_elsewhere_is_whole_there(whole_run, environment, tmp_path):
+def test_a_finished_run_resumed_elsewhere_is_whole_there(whole_run, train_here, tmp_path):
     last = whole_run[0] / "last_model_curriculum.safetensors"
-    done = train(environment, "--resume", last, "--out", tmp_path / "new", "--quiet", "--sample-bytes", 5)
+    done = train_here("--resume", last, "--out", tmp_path / "new", "--quiet", "--sample-bytes", 5)
     assert identical(whole_run[0], tmp_path / "new")
     assert "BPC long" in done.stdout
 
 
-def test_resuming_into_an_occupied_folder_moves_what_is_there_aside(whole_run, curriculum, environment, tmp_path):
-    train(environment, *RUN, "--curriculum", curriculum, "--steps", 3, "--out", tmp_path)
+def test_resuming_into_an_occupied_folder_moves_what_is_there_aside(whole_run, curriculum, train_here, tmp_path):
+    train_here(*RUN, "--curriculum", curriculum, "--steps", 3, "--out", tmp_path)
     before = (tmp_path / "last_model_curriculum.safetensors").read_bytes()
     last = whole_run[0] / "last_model_curriculum.safetensors"
-    train(environment, "--resume", last, "--out", tmp_path, "--quiet", "--sample-bytes", 5)
+    train_here("--resume", last, "--out", tmp_path, "--quiet", "--sample-bytes", 5)
     assert identical(whole_run[0], tmp_path)
     assert (tmp_path / "previous-1" / "last_model_curriculum.safetensors").read_bytes() == before
 
 
-def test_a_missing_best_model_is_not_spoken_of(whole_run, environment, tmp_path):
+def test_a_missing_best_model_is_not_spoken_of(whole_run, train_here, tmp_path):
     """Only the last model was copied here: the metrics must not name a best one that is not there."""
     last = tmp_path / "last_model_curriculum.safetensors"
     last.write_bytes((whole_run[0] / last.name).read_bytes())
-    done = train(environment, "--resume", "--out", tmp_path, "--quiet", "--sample-bytes", 5)
+    done = train_here("--resume", "--out", tmp_path, "--quiet", "--sample-bytes", 5)
     assert metrics(tmp_path)["best"] is None
     assert "no best model" in done.stdout
 
 
-def test_a_built_in_name_wins_over_a_folder_of_that_name(environment, tmp_path, monkeypatch):
+def test_a_built_in_name_wins_over_a_folder_of_that_name(train_here, tmp_path, monkeypatch):
     (tmp_path / "local").mkdir()
     (tmp_path / "local" / "a.txt").write_text("some text " * 50)
     monkeypatch.chdir(tmp_path)
-    done = train(environment, *RUN, "--curriculum", "local", "--steps", 3, check=False)
+    done = train_here(*RUN, "--curriculum", "local", "--steps", 3, check=False)
     assert done.returncode == 2
     assert "corpora" in done.stderr
 
 
-def test_a_diverged_run_says_so(curriculum, environment, tmp_path):
+def test_a_diverged_run_says_so(curriculum, train_here, tmp_path):
     """Weights at 1e30: no traceback, files that are still JSON, no best model, and every skipped step counted."""
-    done = train(
-        environment, *RUN, "--curriculum", curriculum, "--steps", 12, "--out", tmp_path, "--lr", 1e30, check=False
-    )
+    done = train_here(*RUN, "--curriculum", curriculum, "--steps", 12, "--out", tmp_path, "--lr", 1e30, check=False)
     assert done.returncode == 0
     assert "has diverged" in done.stdout
     assert "Traceback" not in done.stderr
