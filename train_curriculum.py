@@ -26,6 +26,9 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument(
         "--curriculum", help="pydoc, english, turkish, local, a .toml file, your own file or folder (default: pydoc)"
     )
+    what.add_argument(
+        "--locks", metavar="FOLDER", help="go on with the model of python -m model.sgm; what it has locked stays"
+    )
     what.add_argument("--cache-dir", help="folder of encoded corpora (default: $AGIFORMER_CACHE or ~/.cache/agiformer)")
     what.add_argument("--seed", type=int, help="of weights and data order (default: 0)")
 

@@ -22,4 +22,8 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 def batched(*tensors: Tensor) -> bool:
     """Whether vmap is at work on any of them, whose memory a kernel of ours could not read."""
-    return any(torch._C._functorch.is_batchedtensor(tensor) for tensor in tensors)
+    return any(_is_batched(tensor) for tensor in tensors)
+
+
+# PyTorch has no public name for it; without that one, no tensor is taken for one of vmap's.
+_is_batched = getattr(getattr(torch._C, "_functorch", None), "is_batchedtensor", lambda tensor: False)

@@ -5,6 +5,9 @@ python -m model.sgm tasks --out runs/sgm             # keeps the folder; the sam
 python -m model.sgm stress --fast                    # every strategy: retention, storage, timing
 python -m model.sgm improve --iterations 50 --out runs/improve
 python -m model.sgm infer "As a pirate: "            # by what runs/sgm has learned
+python -m model.sgm export-model pirate.safetensors  # what runs/sgm has learned, as a checkpoint for generate.py
+python -m model.sgm import-model checkpoints/last_model_curriculum.safetensors  # trained with its locks (--locks)
+python -m model.sgm recover --out runs/sgm           # from its last snapshot, when a file is damaged
 python -m model.sgm remember "My sister lives in İzmir" --memory memory.sqlite
 python -m model.sgm retrieve "Where does my sister live?" --memory memory.sqlite
 python -m model.sgm forget 3 --memory memory.sqlite
@@ -12,13 +15,14 @@ python -m model.sgm list --memory memory.sqlite
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 from model.cli import Parser, guarded, positive
 
-MEMORY = "memory.sqlite"
+MEMORY, IN_RAM = "memory.sqlite", ":memory:"  # a file by default; SQLite's name for none
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +39,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add = tasks.add_argument
     add("--quick", action="store_true", help="25 tasks instead of 100")
     add("--checkpoint", help="learn on this model instead of a small one that knows nothing")
-    add("--learns", default="head.output.weight", metavar="NAMES", help="linear layers' weights that learn, by commas")
+    what = tasks.add_mutually_exclusive_group()
+    what.add_argument(
+        "--learns", metavar="NAMES", help="linear layers' weights that learn, by commas (default: head.output.weight)"
+    )
+    what.add_argument(
+        "--modules",
+        metavar="NAMES",
+        help="modules that learn, such as attention,head; by strategy nothing or locks",
+    )
     add("--strategy", default="both", help="nothing, locks, directions or both (default: both)")
     add("--dtype", default="float32", help="of the stored weights: float32 or float16 (default: float32)")
     add("--evaluations", type=positive, default=500, help="of a task, at most (default: 500)")
@@ -59,13 +71,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", default="runs/sgm", help="the folder of tasks or improve (default: runs/sgm)")
     add("--max-bytes", type=positive, default=32, help="to write (default: 32)")
 
-    for action in (tasks, stress, improve, infer):
+    export = actions.add_parser("export-model", help="write what a folder has learned as an ordinary checkpoint")
+    export.add_argument("file", help="to write, .safetensors")
+    take = actions.add_parser("import-model", help="go on with a checkpoint that was trained with the folder's locks")
+    take.add_argument("file", help="the checkpoint")
+    recover = actions.add_parser("recover", help="put a damaged folder back to its last snapshot")
+    for action in (export, take, recover):
+        action.add_argument("--out", default="runs/sgm", help="the folder of tasks or improve (default: runs/sgm)")
+
+    for action in (tasks, stress, improve, infer, export, take, recover):
         action.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
     for name, what, takes in (
         ("remember", "store a text", "text"),
         ("retrieve", "find what answers a question", "text"),
-        ("forget", "forget by number, or by all words of a text", "text"),
+        ("forget", "forget by number, or the only entry with all words of a text", "text"),
         ("list", "what is remembered", None),
         ("export", "write everything to a JSON file", "file"),
         ("import", "read such a file", "file"),
@@ -81,19 +101,20 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _tasks(options: argparse.Namespace) -> int:
     from model.evaluation.report import json_text, pick_device, text_table
-    from model.sgm.lifelong import LifelongOptions
+    from model.sgm.lifelong_options import LifelongOptions
     from model.sgm.runs import FULL, QUICK, RETENTION, VARIANTS, run_tasks
 
     if options.strategy not in VARIANTS:
         raise ValueError(f"--strategy {options.strategy}: accepted are {', '.join(VARIANTS)}")
-    settings = LifelongOptions(
-        learns=tuple(options.learns.split(",")), dtype=options.dtype, seed=options.seed, **VARIANTS[options.strategy]
-    )
+    settings = LifelongOptions(dtype=options.dtype, seed=options.seed, **VARIANTS[options.strategy])
+    if options.learns is not None:
+        settings = replace(settings, learns=tuple(options.learns.split(",")))
     result = run_tasks(
         QUICK if options.quick else FULL,
         folder=options.out,
         model=_model(options.checkpoint),
         options=settings,
+        parts=tuple(options.modules.split(",")) if options.modules is not None else (),
         evaluations=options.evaluations,
         device=pick_device(options.device),
         progress=lambda line: print(line, file=sys.stderr, flush=True),
@@ -117,8 +138,12 @@ def _stress(options: argparse.Namespace) -> int:
         device=pick_device(options.device),
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    table = [[row.name, *row.retention.row(), f"{row.store_bytes / 1e6:.1f}"] for row in rows]
-    print(text_table(["strategy", *RETENTION, "MB"], table))
+    table = []
+    for row in rows:
+        times = [f"{row.retention.latency[count]:.1f}" for count in (0, row.retention.tasks)]
+        table.append([row.name, *row.retention.row(), f"{row.store_bytes / 1e6:.1f}", *times])
+    print(text_table(["strategy", *RETENTION, "MB", "ms before", "ms after"], table))
+    print("ms before, ms after: a forward pass by the model before the first task and after the last")
     return 0
 
 
@@ -159,6 +184,45 @@ def _infer(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export_model(options: argparse.Namespace) -> int:
+    from model.evaluation.report import pick_device
+    from model.sgm.lifelong import LifelongLearner
+
+    with LifelongLearner.open(options.out, read_only=True, device=pick_device(options.device)) as learner:
+        print(f"{learner.export(options.file)}: the model of {options.out} after {len(learner.records)} tasks")
+    return 0
+
+
+def _import_model(options: argparse.Namespace) -> int:
+    from model.evaluation.report import pick_device
+    from model.sgm.lifelong import LifelongLearner
+
+    with LifelongLearner.open(options.out, device=pick_device(options.device)) as learner:
+        learner.take(_model(options.file).to(learner.device))
+        for record in learner.records:
+            print(f"{record.task.name}: {record.after:.3f}")
+    return 0
+
+
+def _recover(options: argparse.Namespace) -> int:
+    from model.evaluation.report import pick_device
+    from model.sgm.lifelong import LifelongLearner
+    from model.sgm.storage import StoreBusy
+
+    device = pick_device(options.device)
+    try:
+        LifelongLearner.open(options.out, device=device).store.close()
+    except StoreBusy:
+        raise
+    except (ValueError, OSError) as damage:
+        learner, snapshot = LifelongLearner.recover(options.out, device=device)
+        with learner:
+            print(f"{damage}\n{options.out}: put back to its snapshot {snapshot!r}, {len(learner.records)} tasks")
+        return 0
+    print(f"{options.out}: nothing is damaged")
+    return 0
+
+
 def _model(checkpoint: str | None):
     if checkpoint is None:
         return None
@@ -189,21 +253,20 @@ def _retrieve(options: argparse.Namespace) -> int:
 
 
 def _forget(options: argparse.Namespace) -> int:
+    from model.sgm.commands import forget
+
     with _existing(options.memory) as memory:
-        if options.text.isdecimal():
-            entry = memory.forget(int(options.text))
-            gone = [] if entry is None else [entry]
-        else:
-            gone = memory.forget_matching(options.text)
-        for entry in gone:
+        forgotten, matching = forget(memory, options.text)
+        for entry in forgotten or matching:
             print(_line(entry))
-        print(f"{len(gone)} forgotten")
+        several = f": {len(matching)} have these words; `forget NUMBER` forgets one" if matching else ""
+        print(f"{len(forgotten)} forgotten{several}")
     return 0
 
 
 def _list(options: argparse.Namespace) -> int:
     with _existing(options.memory) as memory:
-        for entry in memory.list(options.kind, limit=10**6):
+        for entry in memory.list(options.kind, limit=None):
             print(_line(entry))
     return 0
 
@@ -225,8 +288,10 @@ def _written(path: str, write: Callable):
     """What `write` says of the memory at `path`; a new one is tried in RAM first, so that a refusal leaves no file."""
     from model.sgm.memory import ExternalMemory
 
-    if not Path(path).exists():
-        with ExternalMemory(":memory:") as trial:
+    if path == IN_RAM:
+        raise ValueError(f"--memory {path}: keeps nothing; accepted is a file")
+    if not os.path.exists(path):
+        with ExternalMemory(IN_RAM) as trial:
             write(trial)
     with ExternalMemory(path) as memory:
         return write(memory)
@@ -235,17 +300,20 @@ def _written(path: str, write: Callable):
 def _existing(path: str):
     from model.sgm.memory import ExternalMemory
 
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise ValueError(f"--memory {path}: there is none; `remember` makes it")
     return ExternalMemory(path)
 
 
 def _line(entry) -> str:
-    return f"#{entry.id} {entry.kind} ({entry.confidence:.2f}): {entry.text}"
+    from model.sgm.memory_text import one_line, shown
+
+    return f"#{entry.id} {entry.kind} ({entry.confidence:.2f}): {shown(one_line(entry.text))}"
 
 
 _ACTIONS = {
-    "tasks": _tasks, "stress": _stress, "improve": _improve, "infer": _infer, "remember": _remember,
+    "tasks": _tasks, "stress": _stress, "improve": _improve, "infer": _infer, "export-model": _export_model,
+    "import-model": _import_model, "recover": _recover, "remember": _remember,
     "retrieve": _retrieve, "forget": _forget, "list": _list, "export": _export, "import": _import,
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ at most `budget` a task. Ablations are evaluated together, as populations are.
 Locked weights do not move under a gradient optimizer either: `lock_gradients` for any, `lock_updates` for MuonAdamW.
 """
 
-import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,11 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from model.sgm.population import AT_ONCE, Population, Selection
+from model.sgm.population import AT_ONCE, Matrices, Population, Selection
+from model.training.optimizer import MuonAdamW, checked_masks
 
 BLOCK = 64
 ATTENUATION = 0.1
 SYNERGY = 1.5
+# Normalising layers of others are known by their names: RMSNorm, MyLayerNorm, BatchNorm2d, but not Normal.
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+_NORM_NAME = re.compile(r"Norm(\dd)?$")
 
 
 @dataclass(frozen=True)
@@ -69,61 +73,70 @@ class LockOptions:
 
 
 class Units:
-    """The weights cut into what is locked as one: blocks of 64 inside each parameter, or single weights.
+    """Weights cut into what is locked as one: blocks of 64 inside each parameter, or single weights.
 
-    A block of a matrix is 64 outputs (the last block of a column may be smaller) of one input, see
-    `model.sgm.directions`; of anything else 64 weights in a row.
+    A block is 64 outputs (the last block may be smaller) of one input of a matrix, see `model.sgm.directions`, and of
+    a vector 64 weights in a row. Petals are matrices each.
+
+    Args:
+        of: all parameters (a population), M = N, or some of them.
 
     Attributes:
-        of_weight: [N] int64, each weight's unit.
+        of_weight: [M] int64, each weight's unit.
         sizes: [U] int64, their weights.
     """
 
-    def __init__(self, population: Population, unit: str = "block"):
+    def __init__(self, of: Population | Selection, unit: str = "block"):
         found, count = [], 0
-        for shape in population.shapes.values():
-            if unit == "weight":
-                units = torch.arange(shape.numel())
-            elif len(shape) > 1:
-                columns = shape[1:].numel()
-                units = (torch.arange(shape[0]) // BLOCK * columns).unsqueeze(1) + torch.arange(columns)
-            else:
-                units = torch.arange(shape.numel()) // BLOCK
-            found.append(units.flatten() + count)
-            count = int(found[-1].max()) + 1 if units.numel() else count
-        self.of_weight = torch.cat(found).to(population.device)
+        for each in of.matrices.values():
+            size = each.count * each.outputs * each.inputs
+            units = torch.arange(size) if unit == "weight" else _blocks(each)
+            found.append(units + count)
+            count = int(found[-1].max()) + 1 if size else count
+        self.of_weight = torch.cat(found).to(of.device)
         self.sizes = torch.bincount(self.of_weight, minlength=count)
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def mask(self, chosen: Tensor) -> Tensor:
-        """Units chosen, by index → their weights [N] bool."""
+        """Units chosen, by index → their weights [M] bool."""
         units = torch.zeros(len(self), dtype=torch.bool, device=self.of_weight.device)
         units[chosen] = True
         return units[self.of_weight]
 
     def largest(self, weights: Tensor) -> Tensor:
-        """The largest value [U] of weights [N] in each unit."""
+        """The largest value [U] of weights [M] in each unit."""
         found = torch.zeros(len(self), device=weights.device, dtype=weights.dtype)
         return found.scatter_reduce(0, self.of_weight, weights, "amax", include_self=False)
 
 
-def ablations(
-    population: Population, values: Tensor, units: Units, groups: Tensor, *batch, factor: float, of: Selection
-) -> Tensor:
+def _blocks(each: Matrices) -> Tensor:
+    """The block of every weight of a parameter, in the order of its weights."""
+    per_matrix = -(-each.outputs // BLOCK)
+    rows = torch.arange(each.count).view(-1, 1, 1) * per_matrix + torch.arange(each.outputs).view(-1, 1) // BLOCK
+    units = rows * each.inputs + torch.arange(each.inputs)  # [count, outputs, inputs]
+    return (units.transpose(1, 2) if each.inputs_first else units).flatten()
+
+
+def ablations(of: Selection, values: Tensor, units: Units, groups: Tensor, *batch, factor: float) -> Tensor:
     """Mean loss of a batch with each group of units multiplied by `factor`: groups [G, S] of unit indices → [G].
 
     Args:
-        of: the parameters in which the units lie.
+        of: the parameters that the units are of.
+        values: [N].
     """
     losses = []
-    now, unit = of.take(values), of.take(units.of_weight)
+    now = of.take(values)
     for part in groups.split(max(1, AT_ONCE // of.size)):
-        touched = torch.zeros(len(part), len(units), dtype=torch.bool, device=values.device)
-        touched.scatter_(1, part, True)
-        versions = torch.where(touched[:, unit], now * factor, now)
-        losses.append(population.losses(versions, *batch, of=of, base=values).mean(1))
+        # Numbered anew, since there may be as many units as weights; the last number is of those in no group.
+        known, numbers = part.unique(return_inverse=True)
+        number = torch.full((len(units),), len(known), device=values.device)
+        number[known] = torch.arange(len(known), device=values.device)
+        touched = torch.zeros(len(part), len(known) + 1, dtype=torch.bool, device=values.device)
+        touched.scatter_(1, numbers, True)
+        versions = torch.where(touched[:, number[units.of_weight]], now * factor, now)
+        losses.append(of.population.losses(versions, *batch, of=of, base=values).flatten(1).mean(1))
     return torch.cat(losses)
 
 
@@ -163,19 +176,21 @@ def find_important(
         generator: of random coalitions.
     """
     options = options or LockOptions()
-    units = Units(population, options.unit)
-    change = (values - reference if reference is not None else values).abs()
-    change = torch.where(locked, -1.0, change if scale is None else change / scale)
+    nothing = Found(torch.zeros_like(locked), 0, 0, 0, 0)
+    of = population.select(~locked)
+    if not of.size:
+        return nothing
+    units, held, change = Units(of, options.unit), of.take(locked), of.take(values)
+    change = (change - of.take(reference) if reference is not None else change).abs()
+    change = torch.where(held, -1.0, change if scale is None else change / of.take(scale))
     size = units.largest(change)
     candidates = size.argsort(descending=True, stable=True)[: options.candidates]
     candidates = candidates[size[candidates] >= 0]
-    nothing = Found(torch.zeros_like(locked), 0, 0, 0, 0)
     if not len(candidates):
         return nothing
-    of = population.select(~locked)
     base = population.losses(of.take(values).unsqueeze(0), *batch, of=of, base=values).mean()
     factor = ATTENUATION if options.unit == "block" else 0.0
-    impact = ablations(population, values, units, candidates.unsqueeze(1), *batch, factor=factor, of=of) - base
+    impact = ablations(of, values, units, candidates.unsqueeze(1), *batch, factor=factor) - base
     evaluations = 1 + len(candidates)
     least = options.threshold * base.clamp_min(torch.finfo(torch.float32).tiny)
     important = impact > least
@@ -184,7 +199,7 @@ def find_important(
     weak = (~important).nonzero().flatten()
     if options.groups and len(weak) >= options.group_size:
         members = _random_groups(len(weak), options.groups, options.group_size, generator, weak.device)
-        together = ablations(population, values, units, candidates[weak][members], *batch, factor=factor, of=of) - base
+        together = ablations(of, values, units, candidates[weak][members], *batch, factor=factor) - base
         evaluations += len(members)
         alone = impact[weak][members].clamp_min(0).sum(1)
         # A group has to hurt by itself: of nothing, anything is one and a half times as much.
@@ -198,15 +213,14 @@ def find_important(
     order = torch.arange(len(impact), device=impact.device)
     for worth in (impact, credit * credited, important * 2 + credited * 1):  # the last decides, then those before it
         order = order[worth[order].argsort(descending=True, stable=True)]
-    free = torch.bincount(units.of_weight[~locked], minlength=len(units))[candidates[order]]
+    free = torch.bincount(units.of_weight[~held], minlength=len(units))[candidates[order]]
     sizes = free.cumsum(0)
     wanted = (important | credited)[order] | (sizes - free < round(options.minimum * population.size))
     wanted &= sizes <= max(round(options.budget * population.size), int(sizes[0]) if options.budget else 0)
     chosen = candidates[order][wanted]
-    mask = units.mask(chosen) & ~locked
     kept = order[wanted]
     return Found(
-        mask,
+        of.put(units.mask(chosen) & ~held, torch.zeros_like(locked)),
         int(important[kept].sum()),
         int(credited[kept].sum()),
         int((~(important | credited))[kept].sum()),
@@ -221,46 +235,44 @@ def _random_groups(count: int, groups: int, size: int, generator: torch.Generato
 
 
 def anchors(module: nn.Module, population: Population) -> Tensor:
-    """Coordinate anchoring: [N] bool, the weights of embeddings and norms, to be locked before the first task."""
+    """Coordinate anchoring: [N] bool, the weights of embeddings and norms, to be locked before the first task.
+
+    AGIFormer's norms have no weights: of it, these are the two embeddings of bytes.
+    """
     mask = torch.zeros(population.size, dtype=torch.bool, device=population.device)
     names = {p: name for name, p in module.named_parameters()}  # the first of each that is tied
     for part in module.modules():
-        if isinstance(part, nn.Embedding) or "norm" in type(part).__name__.lower():
+        if isinstance(part, (nn.Embedding, *NORMS)) or _NORM_NAME.search(type(part).__name__):
             for p in part.parameters(recurse=False):
                 mask[population.spans[names[p]]] = True
     return mask
 
 
-def digest(values: Tensor, mask: Tensor) -> str:
-    """SHA-256 of the masked weights: which they are, and their bits."""
-    indices = mask.nonzero().flatten().cpu()
-    found = hashlib.sha256(indices.numpy().tobytes())
-    found.update(values.detach().cpu()[indices].contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
 def lock_gradients(module: nn.Module, locked: dict[str, Tensor]) -> Callable[[], None]:
     """Keep locked weights of a module from moving under any gradient optimizer → a function that unlocks them.
 
-    Gradients of locked weights are 0, and after `optimizer.step()` they are put back to the bit: momentum and weight
-    decay move a weight without a gradient. Works by hooks on the parameters and on `torch.optim.Optimizer`.
+    Gradients of locked weights are 0, and after `optimizer.step()` they are put back to the bit, without waiting for
+    the device: momentum and weight decay move a weight without a gradient. Works by hooks on the parameters and on
+    `torch.optim.Optimizer`.
 
     Args:
         locked: [shape of the parameter] bool by name; see `by_parameter`.
+
+    Raises:
+        ValueError: for a name that the module has not, or a mask of another dtype or shape.
     """
     handles, kept = [], []
-    for name, p in module.named_parameters():
-        if name not in locked or not locked[name].any():
-            continue
-        mask = locked[name].to(p.device)
-        kept.append((p, mask, p.detach()[mask].clone()))
+    parameters = dict(module.named_parameters())
+    for name, mask in checked_masks(locked, parameters).items():
+        p = parameters[name]
+        kept.append((p, mask, p.detach().clone()))
         if p.requires_grad:
             handles.append(p.register_hook(lambda gradient, mask=mask: gradient.masked_fill(mask, 0)))
 
     def put_back(*_) -> None:
         with torch.no_grad():
             for p, mask, values in kept:
-                p[mask] = values
+                p.copy_(torch.where(mask, values, p))
 
     handles.append(register_optimizer_step_post_hook(put_back))
 
@@ -271,24 +283,25 @@ def lock_gradients(module: nn.Module, locked: dict[str, Tensor]) -> Callable[[],
     return unlock
 
 
-def lock_updates(optimizer, locked: dict[str, Tensor]) -> Callable[[], None]:
+def lock_updates(optimizer: MuonAdamW, locked: dict[str, Tensor]) -> Callable[[], None]:
     """Keep locked weights from moving under `MuonAdamW` → a function that unlocks them.
 
-    Their updates are 0, inside its captured step too; locking and unlocking ask for a new capture.
+    Their updates are 0 whatever asks for them: gradient, weight decay, GENESIS, a modifier. The optimizer holds the
+    locks by parameter: they stay where they are when the model grows and it is rebuilt.
+
+    A step that has been captured as a CUDA graph knows nothing of a lock or an unlocking that came after it:
+    `TrainingStep.recapture` has to follow.
 
     Petals that set (docs/petals.md) slow down or stop whole petals; a lock stops single weights, whatever their petal's
-    status says. When the optimizer has been rebuilt, unlock and call it anew.
+    status says.
+
+    Args:
+        locked: [shape of the parameter] bool by name; see `by_parameter`.
+
+    Raises:
+        ValueError: for a name that the model has not, or a mask of another dtype or shape.
     """
-    mask = torch.zeros_like(optimizer.values, dtype=torch.bool)
-    for name, (span, _) in optimizer.views.items():
-        if name in locked:
-            mask[span] = locked[name].to(mask.device).reshape(-1)
-
-    def modify(updates: Tensor) -> None:
-        updates.masked_fill_(mask, 0)  # not a product with 0, which keeps NaN and the sign: -0.0 would become 0.0
-
-    optimizer.modifiers.append(modify)
-    return lambda: optimizer.modifiers.remove(modify)
+    return optimizer.lock(locked)
 
 
 def by_parameter(population: Population, mask: Tensor) -> dict[str, Tensor]:

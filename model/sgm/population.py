@@ -1,10 +1,14 @@
 """Many versions of one module, evaluated at once: `torch.func.vmap` over their weights, no forward one by one.
 
 A version is one row of a matrix [P, N]: all parameters of the module, flat, in the order of `named_parameters`.
+
+Notable: versions are float32, and each parameter is evaluated in its own dtype: under a half-precision module a
+version's loss is that of the weights that `load` would give it.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,18 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.conv import _ConvTransposeNd
 
-# Called with the model (any version of it, to be called as the module is) and a batch → loss of each row [B].
+from model.layers.hull import PetalGroup, VectorHull
+
+# Called with the model (any version of it, to be called as the module is) and a batch → loss of each row [B], or of
+# each place of each row [B, L]; what is lowered is their mean.
 RowLoss = Callable[..., Tensor]
 AT_ONCE = 16_000_000  # weights of the versions that are evaluated at once
 
 
 def byte_losses(model: Callable[[Tensor], Tensor], x: Tensor, counts: Tensor | None = None) -> Tensor:
     """Mean nats per byte of every row of x [B, L] bytes, over those that count [B, L] bool (all when None) → [B]."""
+    return place_losses(model, x, counts).mean(1)
+
+
+def place_losses(model: Callable[[Tensor], Tensor], x: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Byte by byte [B, L], so that the mean of a row is that of `byte_losses`: 0 for bytes that do not count."""
     losses = F.cross_entropy(model(x).flatten(0, 1), x.flatten().long(), reduction="none").view(x.shape)
     if counts is None:
-        return losses.mean(1)
-    return losses.masked_fill(~counts, 0).sum(1) / counts.sum(1).clamp_min(1)
+        return losses
+    return losses.masked_fill(~counts, 0) * (x.shape[1] / counts.sum(1, keepdim=True).clamp_min(1))
 
 
 @contextmanager
@@ -37,6 +50,51 @@ def evaluating(module: nn.Module) -> Iterator[nn.Module]:
             part.training = mode
 
 
+@dataclass(frozen=True)
+class Matrices:
+    """A parameter as `count` matrices that act on vectors: its weights in order are [count, rows, columns].
+
+    A vector (a bias; of petals one a petal) is a matrix with one input, which is always 1.
+    """
+
+    count: int
+    outputs: int
+    inputs: int
+    inputs_first: bool  # rows are inputs and columns outputs; otherwise the other way round
+    vector: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(count, rows, columns)."""
+        rows, columns = (self.inputs, self.outputs) if self.inputs_first else (self.outputs, self.inputs)
+        return self.count, rows, columns
+
+
+def matrices(module: nn.Module) -> dict[str, Matrices]:
+    """How each parameter of a module is cut into matrices, by the name that `named_parameters` gives it.
+
+    [outputs, inputs] of a linear layer; [outputs, inputs · kernel] of a convolution, [inputs, outputs · kernel] of a
+    transposed one; of petals (model.layers.hull) one matrix a petal, in which `down` and `raw` have their inputs first.
+    Any other parameter of more than one dimension is [first, all others]; what is left, and all that is called a bias,
+    is a vector.
+    """
+    names = {p: name for name, p in module.named_parameters()}
+    found: dict[str, Matrices] = {}
+    for part in module.modules():
+        petals = isinstance(part, (PetalGroup, VectorHull))
+        for own, p in part.named_parameters(recurse=False):
+            if names[p] in found:  # tied: the first that has it
+                continue
+            count, rest = (p.shape[0], p.shape[1:]) if petals and p.dim() > 1 else (1, p.shape)
+            if len(rest) < 2 or own.endswith("bias"):
+                found[names[p]] = Matrices(count, rest.numel(), 1, True, vector=True)
+                continue
+            inputs_first = isinstance(part, _ConvTransposeNd) or (petals and own in ("down", "raw"))
+            ends = rest[0], rest[1:].numel()
+            found[names[p]] = Matrices(count, *(ends[::-1] if inputs_first else ends), inputs_first)
+    return {name: found[name] for name in names.values()}
+
+
 class Population:
     """A module's weights as one vector, and the losses of many such vectors.
 
@@ -47,6 +105,7 @@ class Population:
     Attributes:
         spans: of each parameter in the vector, by name.
         shapes: of each parameter, by name.
+        matrices: of each parameter, by name.
         size: N.
     """
 
@@ -55,6 +114,8 @@ class Population:
         self.shapes = {name: p.shape for name, p in module.named_parameters()}
         if not self.shapes:
             raise ValueError("module has no parameters: accepted is one with at least one")
+        self.matrices = matrices(module)
+        self._dtypes = {name: p.dtype for name, p in module.named_parameters()}
         self.spans: dict[str, slice] = {}
         position = 0
         for name, shape in self.shapes.items():
@@ -76,6 +137,10 @@ class Population:
         for name, p in self.module.named_parameters():
             p.copy_(values[self.spans[name]].view(p.shape))
 
+    def cast(self, name: str, values: Tensor) -> Tensor:
+        """Weights of a parameter in the dtype that it has in the module."""
+        return values.to(self._dtypes[name])
+
     def select(self, free: Tensor) -> "Selection":
         """The parameters that have a weight with free [N] bool."""
         return Selection(self, [name for name, span in self.spans.items() if free[span].any()])
@@ -84,7 +149,7 @@ class Population:
     def losses(
         self, versions: Tensor, *batch: Any, of: "Selection | None" = None, base: Tensor | None = None
     ) -> Tensor:
-        """Losses of every row of a batch under every version: [P, N] → [P, B] float32; ∞ where one is not finite.
+        """What the loss gives under every version: [P, N] → [P, B], or [P, B, L], float32; ∞ where one is not finite.
 
         Args:
             of: versions are [P, M] of the selected parameters alone, the others as in base [N]. What does not depend
@@ -96,7 +161,7 @@ class Population:
         module, rest = self.module, dict(self.module.named_buffers())
         if base is not None:
             for name in self.spans.keys() - of.spans.keys():
-                rest[name] = base[self.spans[name]].view(self.shapes[name])
+                rest[name] = self.cast(name, base[self.spans[name]]).view(self.shapes[name])
 
         def one(parameters: dict[str, Tensor]) -> Tensor:
             return self.loss(lambda *args, **kw: functional_call(module, (parameters, rest), args, kw), *batch)
@@ -115,11 +180,13 @@ class Selection:
 
     Attributes:
         spans: of each selected parameter in the short vector, by name.
+        matrices: of each selected parameter, by name.
         size: M.
     """
 
     def __init__(self, population: Population, names: list[str]):
-        self.population = population
+        self.population, self.device = population, population.device
+        self.matrices = {name: population.matrices[name] for name in names}
         self.spans: dict[str, slice] = {}
         position = 0
         for name in names:
@@ -141,5 +208,7 @@ class Selection:
 
     def parameters(self, versions: Tensor) -> dict[str, Tensor]:
         """[P, M] → [P, *shape] by name."""
-        shapes = self.population.shapes
-        return {name: versions[:, span].view(len(versions), *shapes[name]) for name, span in self.spans.items()}
+        return {
+            name: self.population.cast(name, versions[:, span]).view(len(versions), *self.population.shapes[name])
+            for name, span in self.spans.items()
+        }

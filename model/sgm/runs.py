@@ -1,6 +1,7 @@
 """What `python -m model.sgm` runs: a hundred tasks, the stress test, and the loop that improves itself."""
 
 import copy
+import math
 import random
 import statistics
 import tempfile
@@ -14,17 +15,20 @@ from typing import Any
 import torch
 
 from model.agiformer import AGIFormer
-from model.sgm.learner import LearnerOptions, scales
-from model.sgm.lifelong import LifelongLearner, LifelongOptions, demonstration_model
+from model.sgm.demonstration import demonstration_model
+from model.sgm.lifelong import LifelongLearner
+from model.sgm.lifelong_options import LifelongOptions
 from model.sgm.locking import BLOCK, LockOptions, find_important
+from model.sgm.mutations import LearnerOptions, scales
 from model.sgm.tasks import CATEGORIES, category_tasks, micro_tasks
 
 LENGTH = 48  # bytes of a task's row
 QUICK, FULL = 25, 100
-HEAD = {QUICK: 512, FULL: 2048}  # width of the demonstration's head: it has to hold what all tasks read
+HEAD = {QUICK: 512, FULL: 1536}  # width of the demonstration's head: it has to hold what all tasks read
 LOCKS = LockOptions(candidates=64, groups=16)
-LOCKED_BLOCKS = 2, 8  # that a task locks at least and at most
+LOCKED_BLOCKS = 1, 4  # that a task locks at least and at most; each takes an input from 64 outputs
 LATENCY_AFTER = (1, 10, 100)
+REPEATS = 40  # of a forward pass whose time is taken
 SNAPSHOT = "best"
 TARGETS = {  # which modules an iteration on a category changes
     "reasoning": ("reasoning",),
@@ -60,13 +64,21 @@ def modules(model: AGIFormer) -> dict[str, list[str]]:
     return found
 
 
-def task_locks(model: AGIFormer) -> LockOptions:
-    """Locks of a task: a number of blocks, whatever the model's size, since a task is as small in any."""
+def parameters_of(model: AGIFormer, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the parameters of some of its `modules`; ValueError for one that there is not."""
+    found = modules(model)
+    if unknown := [part for part in parts if part not in found]:
+        raise ValueError(f"modules={unknown[0]!r}: accepted are {', '.join(found)}")
+    return tuple(name for part in found if part in parts for name in found[part])
+
+
+def task_locks(model: AGIFormer, unit: str = "block") -> LockOptions:
+    """Locks of a task: as much as a few blocks, whatever the model's size, since a task is as small in any."""
     minimum, budget = (blocks * BLOCK / model.parameter_count() for blocks in LOCKED_BLOCKS)
-    return replace(LOCKS, minimum=min(1.0, minimum), budget=min(1.0, budget))
+    return replace(LOCKS, unit=unit, minimum=min(1.0, minimum), budget=min(1.0, budget))
 
 
-def latencies(models: dict[int, AGIFormer], repeats: int = 40) -> dict[int, float]:
+def latencies(models: dict[int, AGIFormer]) -> dict[int, float]:
     """Median milliseconds of one forward pass of 1 × LENGTH bytes by each model.
 
     They take turns, so that whatever else the machine does falls on all of them alike.
@@ -79,7 +91,7 @@ def latencies(models: dict[int, AGIFormer], repeats: int = 40) -> dict[int, floa
 
     times: dict[int, list[float]] = {count: [] for count in models}
     with torch.inference_mode():
-        for _ in range(repeats + 3):  # the first warm up
+        for _ in range(REPEATS + 3):  # the first warm up
             for count, model in models.items():
                 wait()
                 start = time.perf_counter()
@@ -130,6 +142,8 @@ def run_tasks(
     folder: str | Path | None = None,
     model: AGIFormer | None = None,
     options: LifelongOptions | None = None,
+    parts: tuple[str, ...] = (),
+    unit: str = "block",
     evaluations: int = 500,
     target: float = 0.3,
     device: str | torch.device = "cpu",
@@ -139,21 +153,37 @@ def run_tasks(
 
     Args:
         folder: kept, and gone on with if it is there; a temporary one when None.
-        model: the demonstration's when None.
+        model: the demonstration's when None; of a new folder alone.
+        parts: of the model's `modules`, those that learn, instead of `options.learns`; without directions alone.
+        unit: what is locked as one, see `LockOptions`.
+
+    Raises:
+        ValueError: for a folder that is of other options, tasks or model.
     """
     tasks = micro_tasks(count)
+    if parts and (options is None or options.directions):
+        raise ValueError(f"modules={','.join(parts)!r}: accepted without directions, by strategy nothing or locks")
     with ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sgm"
-        if (Path(folder) / "model.safetensors").exists():
-            learner = LifelongLearner.open(folder, device=device)
+        if LifelongLearner.is_at(folder):
+            _refuse_model(folder, model)
+            learner = stack.enter_context(LifelongLearner.open(folder, device=device))
+            if parts:
+                options = replace(options, learns=parameters_of(learner.model, parts))
             if options is not None and options != learner.options:
-                learner.store.close()
                 raise ValueError(f"folder={str(folder)!r}: accepted are its own options, {learner.options}")
+            for i, (record, task) in enumerate(zip(learner.records, tasks), start=1):
+                if record.task != task:
+                    raise ValueError(
+                        f"folder={str(folder)!r}: its task {i} is {record.task.name!r}, accepted is {task.name!r}"
+                    )
         else:
             model = model or demonstration_model(HEAD[QUICK if count <= QUICK else FULL])
-            learner = LifelongLearner.create(folder, model.to(device), options, lock=task_locks(model))
-        stack.enter_context(learner)
+            if parts:
+                options = replace(options, learns=parameters_of(model, parts))
+            learner = LifelongLearner.create(folder, model.to(device), options, lock=task_locks(model, unit))
+            stack.enter_context(learner)
         start, versions = time.perf_counter(), {}
         first = len(learner.records)
         if not first:
@@ -164,7 +194,7 @@ def run_tasks(
                 f"{i}/{count} {task.name}: {record.before:.2f} -> {record.after:.3f}, {record.evaluations} evaluations,"
                 f" {record.locked} weights locked"
             )
-            if i in LATENCY_AFTER:
+            if i in LATENCY_AFTER or i == count:
                 versions[i] = copy.deepcopy(learner.model)
         records = learner.records[:count]
         now = learner.losses([record.task for record in records], LENGTH)
@@ -184,6 +214,11 @@ def run_tasks(
             latency=latencies(versions) if versions else {},
             changed=learner.store.verify(),
         )
+
+
+def _refuse_model(folder: str | Path, model: AGIFormer | None) -> None:
+    if model is not None:
+        raise ValueError(f"folder={str(folder)!r}: holds a model already; accepted is a new one, or no other model")
 
 
 @dataclass(frozen=True)
@@ -209,6 +244,9 @@ class ImproveOptions:
         random_share: of iterations whose category is drawn; the others go round.
         lock_from: share by which a category has to improve in an iteration for its weights to be locked.
         tolerance: how far the total may rise over its best, as a share, before everything is rolled back.
+
+    Raises:
+        ValueError: for an argument out of range.
     """
 
     evaluations: int = 64
@@ -216,6 +254,16 @@ class ImproveOptions:
     lock_from: float = 0.02
     tolerance: float = 0.02
     lock: LockOptions = field(default_factory=lambda: LockOptions(candidates=64, groups=16, minimum=0.0, budget=0.0005))
+
+    def __post_init__(self) -> None:
+        for name, accepts, accepted in (
+            ("evaluations", lambda v: isinstance(v, int) and v >= 1, "an integer ≥ 1"),
+            ("random_share", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+            ("lock_from", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+            ("tolerance", lambda v: 0 <= v < math.inf, "a number ≥ 0"),
+        ):
+            if not accepts(value := getattr(self, name)):
+                raise ValueError(f"{name}={value!r}: accepted is {accepted}")
 
 
 def improve(
@@ -230,10 +278,20 @@ def improve(
     """The self-improvement loop: a category, a population on its modules, locks, and the best total kept as a snapshot.
 
     Goes on with a folder that is there. A category that improves at the cost of the others is rolled back.
+
+    Args:
+        iterations: ≥ 1.
+        model: of a new folder alone; a small one that knows nothing when None.
+
+    Raises:
+        ValueError: for a folder that learns tasks, or one that is there and a model.
     """
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations={iterations!r}: accepted is an integer ≥ 1")
     options, folder = options or ImproveOptions(), Path(folder)
     tasks = category_tasks()
-    if (folder / "model.safetensors").exists():
+    if LifelongLearner.is_at(folder):
+        _refuse_model(folder, model)
         learner = LifelongLearner.open(folder, device=device)
         if learner.options.learns:
             learner.store.close()
@@ -297,7 +355,7 @@ def _improve_once(
         learner.learner.evaluations += found.evaluations
         locked = int(found.weights.sum())
     meta["iteration"] = number
-    learner.commit()
+    learner.commit(improve=meta)  # killed before its locks, an iteration has none
     if locked:
         learner.learner.locked |= found.weights
         learner.store.lock(f"{category} {number}", found.weights.cpu())
@@ -320,20 +378,19 @@ class Stress:
 def stress(
     count: int,
     *,
-    dtypes: tuple[str, ...] = ("float32", "float16"),
     device: str | torch.device = "cpu",
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Stress]:
-    """Train, retention, storage and timing of every strategy and storage type on the first `count` tasks."""
+    """Train, retention, storage and timing of every strategy, unit and storage type on the first `count` tasks."""
     rows = []
-    strategies = [(name, VARIANTS[name], "float32") for name in VARIANTS]
-    strategies += [("both", VARIANTS["both"], dtype) for dtype in dtypes if dtype != "float32"]
-    for name, changes, dtype in strategies:
+    both = VARIANTS["both"]
+    strategies = [(name, VARIANTS[name], "block", "float32") for name in VARIANTS]
+    strategies += [("both, single weights", both, "weight", "float32"), ("both, float16", both, "block", "float16")]
+    for label, changes, unit, dtype in strategies:
         with tempfile.TemporaryDirectory() as folder:
             options = replace(LifelongOptions(), dtype=dtype, **changes)
-            retention = run_tasks(count, folder=Path(folder) / "sgm", options=options, device=device)
+            retention = run_tasks(count, folder=Path(folder) / "sgm", options=options, unit=unit, device=device)
             size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-        label = name if dtype == "float32" else f"{name}, {dtype}"
         rows.append(Stress(label, retention, size))
         progress(f"{label}: task 1 at {retention.first_ratio:.4f}x")
     return rows

@@ -33,11 +33,8 @@ Notable:
 
 import contextlib
 import fcntl
-import hashlib
 import json
-import math
 import os
-import re
 import time
 import zlib
 from collections.abc import Iterator
@@ -47,23 +44,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load as deserialise
-from safetensors.numpy import save as serialise
 from torch import Tensor, nn
 
 from model.files import sync_folder, write_atomically
+from model.sgm.store_files import (
+    StoreDamaged,
+    head_word,
+    indices_of,
+    lock_digest,
+    pack,
+    read,
+    read_snapshot,
+    runs_of,
+    seal,
+    segment_file,
+    sha256,
+    snapshot_file,
+    unpack,
+    unseal,
+    write,
+)
+from model.sgm.store_layout import Layout, checked_meta, encodable, outline
 
-VERSION = 1
 MAGIC = int.from_bytes(b"SGMSTORE", "little")
-DTYPES = {"float32": (torch.float32, np.uint32), "float16": (torch.float16, np.uint16)}  # and integers of equal bits
 CHUNK = 1 << 18  # weights compared, written and summed at a time: they stay in the cache
-SEAL = len('{"sha256": "", ') + 64  # bytes before what a sealed text holds
 PATIENCE = 10.0  # seconds that a reader tries to catch a generation between two commits
-
-
-class StoreDamaged(ValueError):
-    """A file of a store is missing or fails its check; the message names it."""
 
 
 class StoreBusy(ValueError):
@@ -132,13 +137,10 @@ class WeightStore:
         taken = f"path={str(path)!r}: exists; accepted is a new or an empty folder"
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(taken)
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r}: accepted is one of {', '.join(DTYPES)}")
-        described = {"version": VERSION, "dtype": dtype, "layout": list(_checked_layout(layout).items())}
         making = path.parent / f".{path.name}.creating"  # a killed creation's is taken over
         with cls(making, read_only=False, durable=durable)._closed_on_error() as store:
-            store._take_layout(_seal(described))
-            bits, meta = store._stored(values), _checked_meta({} if meta is None else meta)
+            store._take_layout(Layout.made(layout, dtype, making))
+            bits, meta = store._layout.stored(values), checked_meta({} if meta is None else meta)
             making.mkdir(parents=True, exist_ok=True)
             store._take_lock()
             store._begin(1, bits, meta)
@@ -188,7 +190,7 @@ class WeightStore:
         with cls(path, read_only=read_only, durable=durable)._closed_on_error() as store:
             if not read_only:
                 store._take_lock()
-            store._take_layout(_read(path / "layout.json"))
+            store._take_layout(Layout(read(path / "layout.json"), path))
             store._map()
             store._load()
             if not read_only:
@@ -206,13 +208,13 @@ class WeightStore:
                 later ones can be moved elsewhere by hand, to recover with what was locked before.
         """
         path = Path(path)
-        record, weights = _read_snapshot(path, snapshot)
+        record, weights = read_snapshot(path, snapshot)
         with cls(path, read_only=False, durable=durable)._closed_on_error() as store:
             store._take_lock()
-            store._take_layout(record["layout"].encode())
-            bits = weights.view(store._bits)
+            store._take_layout(Layout(record["layout"].encode(), path))
+            bits = weights.view(store._layout.bits)
             count = len(list((path / "segments").glob("[!.]*.safetensors")))
-            last = _unpack(_segment_file(path, count))[2] if count else _sha256(store._described)
+            last = unpack(segment_file(path, count))[2] if count else store._layout.sha256
             store._ledger, store._locked = store._read_ledger(count, last)
             for number in range(1, count + 1):
                 _, indices, stored, *_ = store._read_segment(number)
@@ -236,18 +238,20 @@ class WeightStore:
     # -- what is there -----------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return self._count
+        return self._layout.count
+
+    @property
+    def dtype(self) -> str:
+        """How the weights are kept: "float32" or "float16"."""
+        return self._layout.dtype
 
     def names(self) -> list[str]:
         """Names of the weight tensors, in the order in which they lie in `values`."""
-        return list(self.layout)
+        return list(self._layout.shapes)
 
     def range_of(self, name: str) -> slice:
         """Where the weights of `name` lie in `values`."""
-        if name not in self.layout:
-            raise ValueError(f"name={name!r}: accepted is one of the store's {len(self.layout)} names (see names())")
-        start = int(self._offsets[self._places[name]])
-        return slice(start, start + math.prod(self.layout[name]))
+        return self._layout.range_of(name)
 
     @property
     def generation(self) -> int:
@@ -284,11 +288,11 @@ class WeightStore:
         Returns:
             The tasks of those that differ, or whose file fails its check; empty when every locked weight is as it was.
         """
-        bits, differing = self._weights().view(self._bits), []
+        bits, differing = self._weights().view(self._layout.bits), []
         for number, (segment, digest) in enumerate(self._ledger, start=1):
             try:
                 _, indices, _, _, found = self._read_segment(number)
-                whole = found == digest and _digest(segment.task, indices, bits[indices]) == segment.digest
+                whole = found == digest and lock_digest(segment.task, indices, bits[indices]) == segment.digest
             except StoreDamaged:
                 whole = False
             if not whole:
@@ -301,18 +305,7 @@ class WeightStore:
         Raises:
             ValueError: when names, shapes or order are not the store's; the module is unchanged.
         """
-        parameters = dict(module.named_parameters())
-        for index, name in enumerate(parameters):
-            if name not in self.layout:
-                raise ValueError(f"module: parameter {name!r} is not in the store {self.path}")
-            if tuple(parameters[name].shape) != self.layout[name]:
-                shapes = f"{list(parameters[name].shape)}, in the store {self.path} {list(self.layout[name])}"
-                raise ValueError(f"module: parameter {name!r} has the shape {shapes}")
-            if self._places[name] != index:
-                raise ValueError(f"module: parameter {name!r} is number {index}, in the store {self._places[name]}")
-        if len(parameters) < len(self.layout):
-            missing = next(name for name in self.layout if name not in parameters)
-            raise ValueError(f"module: has no parameter {missing!r}, which is in the store {self.path}")
+        parameters = self._layout.check_module(module)
         values = self.values
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -322,7 +315,7 @@ class WeightStore:
         """Take over the newest generation; whether there was a newer one. Only readers have need of it."""
         self._weights()  # refuses when closed
         before = self.generation
-        if int(self._head[1]) != _word(before):
+        if int(self._head[1]) != head_word(before):
             self._load()
         return self.generation != before
 
@@ -345,7 +338,7 @@ class WeightStore:
         self._prepare()
         state = self._next(meta)
         if values is not None:
-            self._write_weights(state, self._stored(values))
+            self._write_weights(state, self._layout.stored(values))
         self._publish(state, self._durable)
         return self.generation
 
@@ -361,21 +354,21 @@ class WeightStore:
             ValueError: for an empty task or a mask that does not fit.
         """
         self._prepare()
-        if not isinstance(task, str) or not task or not _encodable(task):
+        if not isinstance(task, str) or not task or not encodable(task):
             raise ValueError(f"task={task!r}: accepted is a text that is not empty")
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (self._count,):
-            raise ValueError(f"mask={_outline(mask)}: accepted is a bool tensor of shape [{self._count}]")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (len(self),):
+            raise ValueError(f"mask={outline(mask)}: accepted is a bool tensor of shape [{len(self)}]")
         state = self._next(meta)
         chosen = mask.detach().cpu().numpy()
         indices = np.flatnonzero(chosen)
         stored = self._current[indices]
-        segment = Segment(task, len(indices), _digest(task, indices, stored), time.time())
-        runs = _runs(indices)
-        places = {"runs": runs} if runs.nbytes <= (self._count + 7) // 8 else {"bits": np.packbits(chosen)}
+        segment = Segment(task, len(indices), lock_digest(task, indices, stored), time.time())
+        runs = runs_of(indices)
+        places = {"runs": runs} if runs.nbytes <= (len(self) + 7) // 8 else {"bits": np.packbits(chosen)}
         record = vars(segment) | {"previous": self._state["ledger"]}
-        data = _pack({"values": stored.view(self._float)} | places, record)
-        write_atomically(_segment_file(self.path, len(self._ledger) + 1), data)
-        state["segments"], state["ledger"] = len(self._ledger) + 1, _sha256(data)
+        data = pack({"values": stored.view(self._layout.float)} | places, record)
+        write_atomically(segment_file(self.path, len(self._ledger) + 1), data)
+        state["segments"], state["ledger"] = len(self._ledger) + 1, sha256(data)
         self._publish(state, True)
         self._locked |= chosen
         self._ledger.append((segment, state["ledger"]))
@@ -388,10 +381,19 @@ class WeightStore:
             name: letters, digits, "_", and after the first also ".", "-", "+" and spaces; at most 200 bytes.
         """
         self._prepare()
-        file = _snapshot_file(self.path, name)
-        record = {"layout": self._described.decode(), "generation": self.generation, "time": time.time()}
+        file = snapshot_file(self.path, name)
+        record = {"layout": self._layout.described.decode(), "generation": self.generation, "time": time.time()}
         record["meta"] = self.meta
-        return write_atomically(file, _pack({"weights": np.array(self._weights())}, record))
+        return write_atomically(file, pack({"weights": np.array(self._weights())}, record))
+
+    def of_snapshot(self, name: str) -> Tensor:
+        """The weights [N] of a snapshot, float32.
+
+        Raises:
+            ValueError: when there is no such snapshot, or it is of another layout or dtype.
+            StoreDamaged: when it fails its check.
+        """
+        return torch.from_numpy(self._snapshot(name)[1]).to(torch.float32)
 
     def restore(self, name: str, *, meta: dict[str, Any] | None = None) -> Restored:
         """Put back a snapshot's weights, except those locked by now, as one commit.
@@ -405,18 +407,22 @@ class WeightStore:
             StoreDamaged: when it fails its check.
         """
         self._prepare()
-        record, weights = _read_snapshot(self.path, name)
-        if record["layout"] != self._described.decode():
-            raise ValueError(f"name={name!r}: the snapshot is of another layout or dtype than the store {self.path}")
+        record, weights = self._snapshot(name)
         state = self._next(record["meta"] if meta is None else meta)
-        bits = weights.view(self._bits)
+        bits = weights.view(self._layout.bits)
         differing = bits != self._current
         kept = np.flatnonzero(differing & self._locked)
         bits[kept] = self._current[kept]
         self._write_weights(state, bits)
         self._publish(state, self._durable)
-        first = self._where(kept[0]) if len(kept) else None
+        first = self._layout.where(kept[0]) if len(kept) else None
         return Restored(int(np.count_nonzero(differing)) - len(kept), len(kept), first)
+
+    def _snapshot(self, name: str) -> tuple[dict[str, Any], np.ndarray]:
+        record, weights = read_snapshot(self.path, name)
+        if record["layout"] != self._layout.described.decode():
+            raise ValueError(f"name={name!r}: the snapshot is of another layout or dtype than the store {self.path}")
+        return record, weights
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -441,23 +447,14 @@ class WeightStore:
             self.close()
             raise
 
-    def _take_layout(self, described: bytes) -> None:
-        """Set names, places and kind of the weights from what layout.json holds, and no segments."""
-        found = _unseal(described, self.path / "layout.json")
-        if found["version"] != VERSION:
-            raise ValueError(f"store {self.path}: version {found['version']}; accepted is {VERSION}")
-        self.layout: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in found["layout"]}
-        self.dtype, self._described = found["dtype"], described
-        self._torch_dtype, self._bits = DTYPES[self.dtype]
-        self._float = np.dtype(self.dtype)
-        self._places = {name: place for place, name in enumerate(self.layout)}
-        self._offsets = np.cumsum([0, *map(math.prod, self.layout.values())])
-        self._count = int(self._offsets[-1])
+    def _take_layout(self, layout: Layout) -> None:
+        """Set names, places and kind of the weights, and no segments."""
+        self._layout = layout
         self._ledger: list[tuple[Segment, str]] = []  # with the SHA-256 of their files
 
     def _sizes(self) -> dict[str, int]:
         """Bytes of the files of fixed size."""
-        size = self._count * self._float.itemsize
+        size = len(self) * self._layout.float.itemsize
         return {"head.bin": 16, "weights.0.bin": size, "weights.1.bin": size}
 
     def _map(self) -> None:
@@ -471,9 +468,10 @@ class WeightStore:
         self._head = np.memmap(self.path / "head.bin", np.uint64, "r" if self.read_only else "r+")
         files = [self.path / f"weights.{slot}.bin" for slot in (0, 1)]
         if not self._ledger:
-            self._locked = np.zeros(self._count, bool)
+            self._locked = np.zeros(len(self), bool)
         # An empty file cannot be mapped.
-        self._slots = [np.memmap(file, self._bits, "r") if self._count else np.empty(0, self._bits) for file in files]
+        bits = self._layout.bits
+        self._slots = [np.memmap(file, bits, "r") if len(self) else np.empty(0, bits) for file in files]
         if not self.read_only:
             self._slot_files = [self._open_file(f"weights.{slot}.bin") for slot in (0, 1)]
             self._state_files = [self._open_file(f"state.{parity}.json") for parity in (0, 1)]
@@ -488,7 +486,7 @@ class WeightStore:
 
     def _begin(self, generation: int, bits: np.ndarray, meta: dict[str, Any]) -> None:
         """Write all but the segments anew, with one generation that counts."""
-        write_atomically(self.path / "layout.json", self._described)
+        write_atomically(self.path / "layout.json", self._layout.described)
         for name, size in (self._sizes() | {"state.0.json": 0, "state.1.json": 0}).items():
             with open(self.path / name, "ab") as file:
                 file.truncate(size)
@@ -498,14 +496,14 @@ class WeightStore:
         self._map()
         self._head[:] = MAGIC, 0
         self._current = bits
-        state = {"generation": generation, "layout": _sha256(self._described), "slot": 1, "crc": 0}
+        state = {"generation": generation, "layout": self._layout.sha256, "slot": 1, "crc": 0}
         state |= {"segments": len(self._ledger), "ledger": self._last(), "meta": meta}
         self._write_weights(state, bits)
         self._publish(state, True)
 
     def _last(self) -> str:
         """SHA-256 of the last segment's file, or of layout.json."""
-        return self._ledger[-1][1] if self._ledger else _sha256(self._described)
+        return self._ledger[-1][1] if self._ledger else self._layout.sha256
 
     def _load(self) -> None:
         """Take over the generation that counts.
@@ -526,11 +524,11 @@ class WeightStore:
 
     def _read_generation(self, word: int) -> None:
         generation = word >> 24
-        if int(self._head[0]) != MAGIC or word != _word(generation):
+        if int(self._head[0]) != MAGIC or word != head_word(generation):
             raise StoreDamaged(f"store {self.path}: head.bin fails its check")
         file = self.path / f"state.{generation & 1}.json"
-        state = _unseal(_read(file), file)
-        if state["generation"] != generation or state["layout"] != _sha256(self._described):
+        state = unseal(read(file), file)
+        if state["generation"] != generation or state["layout"] != self._layout.sha256:
             raise StoreDamaged(f"store {self.path}: {file.name} is of another generation or layout")
         weights = np.array(self._slots[state["slot"]]) if self.read_only else self._slots[state["slot"]]
         if zlib.crc32(weights) != state["crc"]:
@@ -541,27 +539,27 @@ class WeightStore:
 
     def _read_ledger(self, count: int, last: str) -> tuple[list[tuple[Segment, str]], np.ndarray]:
         """All segments, checked from the last back, and the mask of what they lock."""
-        ledger, locked = [], np.zeros(self._count, bool)
+        ledger, locked = [], np.zeros(len(self), bool)
         for number in range(count, 0, -1):
             segment, indices, _, previous, digest = self._read_segment(number)
             if digest != last:
-                raise StoreDamaged(f"segment {_segment_file(self.path, number)}: fails its check")
+                raise StoreDamaged(f"segment {segment_file(self.path, number)}: fails its check")
             ledger.append((segment, digest))
             locked[indices] = True
             last = previous
-        if last != _sha256(self._described):
+        if last != self._layout.sha256:
             raise StoreDamaged(f"store {self.path}: its first segment is of another layout")
         return ledger[::-1], locked
 
     def _read_segment(self, number: int) -> tuple[Segment, np.ndarray, np.ndarray, str, str]:
         """A segment, its indices and stored bits [count], the SHA-256 of the file before it and that of its own."""
-        tensors, record, digest = _unpack(_segment_file(self.path, number))
-        previous, stored = record.pop("previous"), tensors["values"].view(self._bits)
-        return Segment(**record), _indices(tensors, self._count), stored, previous, digest
+        tensors, record, digest = unpack(segment_file(self.path, number))
+        previous, stored = record.pop("previous"), tensors["values"].view(self._layout.bits)
+        return Segment(**record), indices_of(tensors, len(self)), stored, previous, digest
 
     def _clean(self) -> None:
         """Remove what killed writers left: temporary files, and segments that never counted."""
-        counted = {_segment_file(self.path, number) for number in range(1, len(self._ledger) + 1)}
+        counted = {segment_file(self.path, number) for number in range(1, len(self._ledger) + 1)}
         stale = set((self.path / "segments").glob("[!.]*.safetensors")) - counted
         for file in stale.union(*((self.path / folder).glob(".*.tmp") for folder in ("segments", "snapshots"))):
             file.unlink()
@@ -570,7 +568,7 @@ class WeightStore:
         """[N] in the store's own dtype; not a copy."""
         if self._current is None:
             raise ValueError(f"store {self.path}: closed")
-        return self._current.view(self._float)
+        return self._current.view(self._layout.float)
 
     def _prepare(self) -> None:
         """Check that this process may write now, and that it knows what was committed last."""
@@ -580,213 +578,43 @@ class WeightStore:
         if os.getpid() != self._pid:
             raise StoreBusy(f"store {self.path}: open for writing in process {self._pid}, of which this is a fork")
         # Otherwise an exception, such as that of Ctrl-C, came while a commit was being entered here.
-        if int(self._head[1]) != _word(self.generation) or self._last() != self._state["ledger"]:
+        if int(self._head[1]) != head_word(self.generation) or self._last() != self._state["ledger"]:
             self._load()
 
     def _next(self, meta: dict[str, Any] | None) -> dict[str, Any]:
-        meta = self._state["meta"] if meta is None else _checked_meta(meta)
+        meta = self._state["meta"] if meta is None else checked_meta(meta)
         return self._state | {"generation": self.generation + 1, "meta": meta}
-
-    def _stored(self, values: Tensor) -> np.ndarray:
-        """The bits [N] that the store keeps of `values`."""
-        kinds = (torch.float32, torch.float16, torch.bfloat16)
-        if not isinstance(values, Tensor) or values.dtype not in kinds or tuple(values.shape) != (self._count,):
-            accepted = f"a float32, float16 or bfloat16 tensor of shape [{self._count}]"
-            raise ValueError(f"values={_outline(values)}: accepted is {accepted}")
-        values = values.detach().cpu().contiguous()
-        bits = values.to(self._torch_dtype).numpy().view(self._bits)
-        if self.dtype == "float16" and ((bits & 0x7FFF) == 0x7C00).any():  # ±∞, which may have been a number
-            lost = np.flatnonzero(((bits & 0x7FFF) == 0x7C00) & values.isfinite().numpy())
-            if len(lost):
-                first = f"{self._where(lost[0])} = {values[lost[0]].item():g}"
-                raise ValueError(
-                    f"values: {len(lost)} are beyond float16, the first is {first}; accepted is up to ±65504"
-                )
-        return bits
 
     def _write_weights(self, state: dict[str, Any], bits: np.ndarray) -> None:
         """Write the slot that does not count, and enter it in `state`; refused where a locked weight would change."""
         slot, crc, changed, first = 1 - state["slot"], 0, 0, 0
-        for start in range(0, self._count, CHUNK):
+        for start in range(0, len(self), CHUNK):
             part = slice(start, start + CHUNK)
             differs = (bits[part] != self._current[part]) & self._locked[part]
             if differs.any():
                 first = first if changed else start + int(differs.argmax())
                 changed += int(np.count_nonzero(differs))
             elif not changed:
-                _write(self._slot_files[slot], bits[part], start * bits.itemsize)
+                write(self._slot_files[slot], bits[part], start * bits.itemsize)
                 crc = zlib.crc32(bits[part], crc)
         if changed:
+            where = self._layout.where(first)
             raise ValueError(
-                f"values: {changed} locked weights would change, the first is {self._where(first)}; accepted are "
-                "values that equal the stored ones, bit for bit, wherever `locked` is true"
+                f"values: {changed} locked weights would change, the first is {where}; accepted are values that "
+                "equal the stored ones, bit for bit, wherever `locked` is true"
             )
         state["slot"], state["crc"] = slot, crc
 
     def _publish(self, state: dict[str, Any], durable: bool) -> None:
         """Write the state that does not count, then make it count by one store of 8 bytes."""
-        data = _seal(state)
+        data = seal(state)
         handle = self._state_files[state["generation"] & 1]
-        _write(handle, data, 0)
+        write(handle, data, 0)
         os.ftruncate(handle, len(data))
         if durable:
             os.fsync(self._slot_files[state["slot"]])
             os.fsync(handle)
-        self._head[1] = _word(state["generation"])
+        self._head[1] = head_word(state["generation"])
         if durable:
             self._head.flush()
         self._state, self._current = state, self._slots[state["slot"]]
-
-    def _where(self, index: int) -> str:
-        """Name and place of a weight, such as "blocks.0.up[3, 1]"."""
-        place = int(np.searchsorted(self._offsets, index, "right")) - 1
-        name, shape = list(self.layout.items())[place]
-        within = np.unravel_index(int(index) - int(self._offsets[place]), shape)
-        return name + (str([int(axis) for axis in within]) if within else "")
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
-def _word(generation: int) -> int:
-    return generation << 24 | zlib.crc32(generation.to_bytes(5, "little")) & 0xFFFFFF
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise StoreDamaged(f"store {file.parent}: {file.name} is missing") from None
-
-
-def _seal(values: dict[str, Any]) -> bytes:
-    """JSON that carries its own SHA-256."""
-    text = json.dumps(values).encode()
-    return b'{"sha256": "%s", ' % _sha256(text).encode() + text[1:]
-
-
-def _unseal(data: bytes, file: Path) -> dict[str, Any]:
-    text = b"{" + data[SEAL:]
-    if data[:SEAL] != b'{"sha256": "%s", ' % _sha256(text).encode():
-        raise StoreDamaged(f"store {file.parent}: {file.name} fails its check")
-    return json.loads(text)
-
-
-def _write(handle: int, data: bytes | np.ndarray, offset: int) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        written = os.pwrite(handle, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _pack(tensors: dict[str, np.ndarray], record: dict[str, Any]) -> bytes:
-    """A safetensors file whose record carries the SHA-256 of itself and the tensors."""
-    return serialise(tensors, {"record": json.dumps({"sha256": _check(tensors, record)} | record)})
-
-
-def _unpack(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
-    """Tensors and record of a file of `_pack`, and the SHA-256 of all its bytes."""
-    data = _read(file)
-    try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        tensors, record = deserialise(data), json.loads(header["__metadata__"]["record"])
-        whole = record.pop("sha256") == _check(tensors, record)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise StoreDamaged(f"{file.parent.name[:-1]} {file}: fails its check")
-    return tensors, record, _sha256(data)
-
-
-def _check(tensors: dict[str, np.ndarray], record: dict[str, Any]) -> str:
-    check = hashlib.sha256(json.dumps(record).encode())
-    for name, tensor in sorted(tensors.items()):
-        check.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        check.update(tensor)
-    return check.hexdigest()
-
-
-def _segment_file(path: Path, number: int) -> Path:
-    return path / "segments" / f"{number:06d}.safetensors"
-
-
-def _snapshot_file(path: Path, name: str) -> Path:
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+ -]*", name) or len(name.encode()) > 200:
-        accepted = "letters, digits, '_', and after the first also '.', '-', '+' and spaces; at most 200 bytes"
-        raise ValueError(f"name={name!r}: accepted are {accepted}")
-    return path / "snapshots" / f"{name}.safetensors"
-
-
-def _read_snapshot(path: Path, name: str) -> tuple[dict[str, Any], np.ndarray]:
-    file = _snapshot_file(path, name)
-    if not file.is_file():
-        raise ValueError(f"name={name!r}: there is no such snapshot in the store {path}")
-    tensors, record, _ = _unpack(file)
-    return record, tensors["weights"].copy()  # what was read cannot be written to
-
-
-# -- places and digests ----------------------------------------------------------------------------------------------
-
-
-def _runs(indices: np.ndarray) -> np.ndarray:
-    """[R, 2] start and stop of the maximal runs in ascending indices."""
-    last = np.flatnonzero(np.diff(indices) != 1)
-    starts = indices[np.concatenate([[0], last + 1])] if len(indices) else indices
-    stops = indices[np.concatenate([last, [len(indices) - 1]])] + 1 if len(indices) else indices
-    return np.stack([starts, stops], axis=1)
-
-
-def _indices(tensors: dict[str, np.ndarray], count: int) -> np.ndarray:
-    """Ascending indices, int64, of a segment's runs or bits."""
-    if "bits" in tensors:
-        return np.flatnonzero(np.unpackbits(tensors["bits"], count=count).view(bool))  # bools are faster
-    starts, stops = tensors["runs"].T
-    lengths = stops - starts
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(lengths.sum())
-
-
-def _digest(task: str, indices: np.ndarray, stored: np.ndarray) -> str:
-    check = hashlib.sha256(task.encode())
-    check.update(np.ascontiguousarray(indices, "<i8"))
-    check.update(stored)
-    return check.hexdigest()
-
-
-# -- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _checked_layout(layout: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    if not isinstance(layout, dict):
-        raise ValueError(f"layout={layout!r}: accepted is a dict of names and shapes")
-    for name, shape in layout.items():
-        if not isinstance(name, str) or not name or not _encodable(name):
-            raise ValueError(f"layout: name {name!r}: accepted is a text that is not empty")
-        sizes = shape if isinstance(shape, (tuple, list)) else [None]
-        if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes):
-            raise ValueError(f"layout: shape {shape!r} of {name!r}: accepted are integers ≥ 0")
-    return {name: tuple(shape) for name, shape in layout.items()}
-
-
-def _checked_meta(meta: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(meta, dict):
-        raise ValueError(f"meta={meta!r}: accepted is a dict of JSON values")
-    try:
-        return json.loads(json.dumps(meta))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"meta: {error}; accepted is a dict of JSON values") from error
-
-
-def _encodable(text: str) -> bool:
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def _outline(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

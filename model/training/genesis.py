@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.agiformer import AGIFormer
+from model.agiformer import AGIFormer, weighted_mean
+from model.data.recall import is_text
 from model.genesis.amplifier import amplify_, anchor_, flagged, position_mean
 from model.genesis.balance import GradNorm
 from model.genesis.learning_curve import LearningCurve, LearningCurveOptions
@@ -156,14 +157,16 @@ class Genesis:
             [(names[id(p)], p, dim) for p, dim in feeding_weights(block) if id(p) in names]
             for block in self.model.blocks
         ]
-        self.optimizer.modifiers = [self._amplify_updates] if self.options.rate else []
+        ours = [self._amplify_updates] if self.options.rate else []
         if self.options.persistence:
             self.references = {
                 name: known[id(p)] if id(p) in known else p.detach().clone()
                 for block in self._feeding
                 for name, p, _ in block
             }
-            self.optimizer.modifiers.append(self._persist)
+            ours.append(self._persist)
+        others = (each for each in self.optimizer.modifiers if each not in (self._amplify_updates, self._persist))
+        self.optimizer.modifiers = [*ours, *others]
         if self.options.replay == "stored" and self.memory is not None:
             for ring in self.memory.rings:
                 # Channels that `widen` has added: what they would have held is not known.
@@ -208,8 +211,11 @@ class Genesis:
 
     # ── the step's lines ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, L] → the main loss in nats per byte, and what is to be minimised: it and the weighted replay loss."""
+    def losses(self, x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [B, L] → the main loss in nats per byte, and what is to be minimised: it and the weighted replay loss.
+
+        With weights [B, L] the main loss is that of the text, and what is minimised counts each byte as they say.
+        """
         model, stage = self.model, int(self.stage)
         rehearses = self.memory is not None and self.memory.past(stage) > 0
         point, stored = self.replay_point, self.options.replay == "stored"
@@ -239,11 +245,15 @@ class Genesis:
         logits = model.read_out(model.think(z), rows)
         each = F.cross_entropy(logits.flatten(0, 1), rows.flatten().long(), reduction="none").view(len(rows), -1)
         # One mean over all bytes, as in `model.loss`: a mean of means would round the gradients otherwise.
-        loss = each[:B].mean()
+        loss = each[:B].mean() if weights is None else weighted_mean(each[:B], is_text(weights))
         self.loss.copy_(loss.detach())
-        main = loss if self.surprises is None else self._with_surprises(x, each[:B], blocked)
+        main = self._main_loss(x, each[:B], weights, blocked)
         each = each.mean(1)
         self._row_losses = each.detach()
+        if weights is not None:
+            # What is not finite is not remembered: tasks are made anew in every stage, and would be rehearsed as text.
+            tasks = (is_text(weights) == 0).any(1)
+            self._row_losses = torch.cat([self._row_losses[:B].masked_fill(tasks, torch.inf), self._row_losses[B:]])
         if not rehearses:
             return loss, main
         valid = valid.to(each.dtype)
@@ -253,13 +263,17 @@ class Genesis:
             weights = self._balanced(main, replayed, weights)
         return loss, weights[0] * main + weights[1] * replayed
 
-    def _with_surprises(self, x: Tensor, each: Tensor, blocked: Tensor | None) -> Tensor:
+    def _main_loss(self, x: Tensor, each: Tensor, weights: Tensor | None, blocked: Tensor | None) -> Tensor:
         """x [B, L] and each byte's loss [B, L] → their mean, in which surprises that recur count more."""
+        if self.surprises is None:
+            return each.mean() if weights is None else weighted_mean(each, weights)
         self._surprising = surprising(each.detach())
         if blocked is not None:
             self._surprising &= ~blocked
-        weights = 1 + SURPRISE * (self._surprising & self.surprises.seen_once(x))
-        return (weights * each).sum() / weights.sum()
+        if weights is not None:
+            self._surprising &= is_text(weights) > 0
+        counts = 1 + SURPRISE * (self._surprising & self.surprises.seen_once(x)).to(each.dtype)
+        return weighted_mean(each, counts if weights is None else counts * weights)
 
     def _rehearsal(self, x: Tensor, stage: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows that rehearse beside x [B, L]: latents [R, T, D], bytes [R, L], whether all of a row is one [R] bool.

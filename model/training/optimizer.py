@@ -6,7 +6,8 @@ non-finite check and a gradient all-reduce are one operation each. Every decisio
 captured in a CUDA graph.
 
 Notable: every region first writes its update for a learning rate of 1, and one line moves all weights. In between a
-viscoelastic state may damp the updates weight by weight, and petals that have set theirs petal by petal.
+viscoelastic state may damp the updates weight by weight, and petals that have set theirs petal by petal. Last come the
+locks: what they hold does not move by a bit, whatever asked for it.
 """
 
 from collections.abc import Callable
@@ -28,8 +29,9 @@ NEWTON_SCHULZ_STEPS = 5
 UPDATE_SIZE = 0.2
 # Weights that hold three matrices on top of each other; Muon treats each alone.
 STACKED = {"qkv": 3, "condition": 3, "recurrent": 3}
+LOCKED = "optimizer.locked."  # in a checkpoint, before the name of the parameter
 # Small, sparse or output-facing matrices: AdamW's job in Muon training.
-ADAMW_ONLY = ("embedding", "head.bytes", "head.output", "memory.gates", "halt", "router", "mixer")
+ADAMW_ONLY = ("embedding", "head.bytes", "head.output", "head.memory.values", "head.memory.output", "memory.gates", "halt", "router", "mixer")
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class MuonAdamW:
         self.kind, self.viscoelastic, self.divider = optimizer, viscosity, divider
         # Called in each step with all updates for a learning rate of 1, flat as `values`, to change them in place.
         self.modifiers: list[Callable[[Tensor], None]] = []
+        self._locks: list[dict[nn.Parameter, Tensor]] = []
         device = next(model.parameters()).device
         self.lr = torch.tensor(float(lr), device=device)
         self.steps = torch.zeros((), device=device)
@@ -184,6 +187,46 @@ class MuonAdamW:
                 self._petals += [(span, 1, shared) for span in common]
                 self._groups.append((group, factor, shared))
             self.set_petals()
+        self._known = dict(model.named_parameters())  # frozen ones too
+        self._lay_out_locks()
+
+    def lock(self, locked: dict[str, Tensor]) -> Callable[[], None]:
+        """From now on no step moves these weights → a function that lets them go again.
+
+        Locks are held by parameter, and laid out anew with the parameters. They are in `state_tensors`. A captured step
+        has to be captured again, after locking and after letting go.
+
+        Args:
+            locked: [shape of the parameter] bool by name, frozen parameters included.
+
+        Raises:
+            ValueError: for a name that the model has not, or a mask of another dtype or shape.
+        """
+        held = {self._known[name]: mask for name, mask in checked_masks(locked, self._known).items()}
+        self._locks.append(held)
+        self._lay_out_locks()
+
+        def unlock() -> None:
+            self._locks = [each for each in self._locks if each is not held]
+            self._lay_out_locks()
+
+        return unlock
+
+    def locked(self) -> dict[str, Tensor]:
+        """What all locks hold, as `lock` takes it, without parameters of which nothing is locked."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._known.items():
+            for held in self._locks:
+                if parameter in held:
+                    found[name] = found[name] | held[parameter] if name in found else held[parameter]
+        return found
+
+    def _lay_out_locks(self) -> None:
+        locked = self.locked()
+        self._locked = torch.zeros_like(self.values, dtype=torch.bool) if locked else None
+        for name, (span, _) in self.views.items():
+            if name in locked:
+                self._locked[span] = locked[name].flatten()
 
     def set_petals(self) -> None:
         """Take over what the petals' statuses say: solid ones move `divider` times less, those in chrysalis not."""
@@ -255,6 +298,9 @@ class MuonAdamW:
             self.viscosity.damp_(g, ok)
         for span, petals, factor in self._petals:
             g[span].view(petals, -1).mul_(factor.unsqueeze(1))
+        if self._locked is not None:
+            # Not a product with 0, which would keep NaN, and the sign: -0.0 would become 0.0.
+            g.masked_fill_(self._locked, 0)
         self.values.addcmul_(g, self.lr * -ok)
         self.found_inf = self.clip_factor = None
 
@@ -268,7 +314,10 @@ class MuonAdamW:
         torch.div(first / (1 - beta1**step), size, out=grads)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything that changes in training besides the parameters, by name, for a checkpoint."""
+        """Everything that changes in training besides the parameters, and the locks, by name, for a checkpoint."""
+        return self._running_state() | {f"{LOCKED}{name}": mask for name, mask in self.locked().items()}
+
+    def _running_state(self) -> dict[str, Tensor]:
         state = {"optimizer.steps": self.steps, "optimizer.skipped": self.skipped}
         if self.viscosity is not None:
             state |= {f"optimizer.{name}": value for name, value in self.viscosity.scalars().items()}
@@ -282,12 +331,36 @@ class MuonAdamW:
         return state
 
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_tensors`; a missing or misshapen tensor is an error that names it."""
-        for name, tensor in self.state_tensors().items():
+        """The inverse of `state_tensors`; a missing or misshapen tensor is an error that names it.
+
+        What is locked already stays locked, beside what the state locks.
+        """
+        for name, tensor in self._running_state().items():
             if name not in state or state[name].shape != tensor.shape:
                 found = tuple(state[name].shape) if name in state else "nothing"
                 raise ValueError(f"training state {name}: found {found}, accepted is shape {tuple(tensor.shape)}")
             tensor.copy_(state[name])
+        if locked := {name.removeprefix(LOCKED): mask for name, mask in state.items() if name.startswith(LOCKED)}:
+            self.lock(locked)
+
+
+def checked_masks(masks: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Masks of parameters, each on its parameter's device, without those that hold nothing.
+
+    Raises:
+        ValueError: for a name that is none of the parameters', or a mask of another dtype or shape.
+    """
+    found: dict[str, Tensor] = {}
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise ValueError(f"locked {name!r}: accepted are names of the model's {len(parameters)} parameters")
+        shape = tuple(parameters[name].shape)
+        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            given = f"{str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}"
+            raise ValueError(f"locked {name!r}: {given}, accepted is bool {shape}")
+        if mask.any():
+            found[name] = mask.to(parameters[name].device)
+    return found
 
 
 def orthogonalise(x: Tensor) -> Tensor:

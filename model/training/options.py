@@ -80,6 +80,7 @@ class TrainingOptions:
     persistence_strength: float = 0.5  # λ of that pull, in units of the learning rate
     learning_curve: str = "auto"  # slow start, then a boom when the novelty has dropped
     balance: str = "auto"  # GradNorm between main and replay loss
+    locks: str | None = None  # folder of model.sgm whose model is trained, and whose locked weights stay as they are
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "eval_bytes", "eval_context"):

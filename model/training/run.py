@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from model.agiformer import AGIFormer
 from model.config import AGIFormerConfig
 from model.data import BUILTIN_CURRICULA, load_curriculum
 from model.evaluation.report import number
@@ -33,7 +34,10 @@ def run_curriculum(arguments: Namespace, install_signal_handlers: Callable[[Call
 def _run(arguments: Namespace, install_signal_handlers, workers: Workers, device: torch.device) -> int:
     resume = _resume_path(arguments, workers)
     saved = _saved_run(resume) if resume else None
-    options, config = _options(arguments, device, saved)
+    if arguments.locks:
+        arguments.locks = str(Path(arguments.locks).resolve())  # a run is resumed from another folder, too
+    start, locked = _locked_start(arguments.locks) if arguments.locks and saved is None else (None, None)
+    options, config = _options(arguments, device, saved, start)
     curriculum = load_curriculum(options.curriculum)
     trainer = Trainer(
         config,
@@ -45,6 +49,8 @@ def _run(arguments: Namespace, install_signal_handlers, workers: Workers, device
         cache_dir=arguments.cache_dir,
         graph=not arguments.no_graph,
         quiet=arguments.quiet,
+        start=start,
+        locked=locked,
     )
     if workers.is_main:
         prepare_folder(trainer.out, resume)
@@ -110,8 +116,17 @@ def _saved_run(path: Path) -> dict[str, Any]:
     return values["metrics"]["run"]
 
 
+def _locked_start(folder: str) -> tuple[AGIFormer, dict[str, torch.Tensor]]:
+    """The model of a folder of model.sgm, and which of its weights are locked, by name."""
+    from model.sgm.lifelong import LifelongLearner
+    from model.sgm.locking import by_parameter
+
+    with LifelongLearner.open(folder, read_only=True) as learner:
+        return learner.model, by_parameter(learner.population, learner.learner.locked)
+
+
 def _options(
-    arguments: Namespace, device: torch.device, saved: dict[str, Any] | None
+    arguments: Namespace, device: torch.device, saved: dict[str, Any] | None, start: AGIFormer | None
 ) -> tuple[TrainingOptions, AGIFormerConfig]:
     if arguments.curriculum and arguments.curriculum not in BUILTIN_CURRICULA and Path(arguments.curriculum).exists():
         # So that the run can be resumed from another folder.
@@ -128,7 +143,7 @@ def _options(
         "persistence",
         "persistence_strength",
     )
-    names += ("learning_curve", "balance", "recall")
+    names += ("learning_curve", "balance", "recall", "locks")
     given = {name: getattr(arguments, name) for name in names}
     for name in ("hull", "petals"):
         if getattr(arguments, name) is not None:
@@ -137,7 +152,10 @@ def _options(
         raise ValueError("--set plasticity: accepted is a plasticity of each stage, in the curriculum's TOML file")
     if saved is None:
         preset = arguments.preset or ("small" if device.type == "cuda" else "nano")
-        config = AGIFormerConfig.preset(preset).with_settings(arguments.set)
+        if start is None:
+            config = AGIFormerConfig.preset(preset).with_settings(arguments.set)
+        elif (config := start.config).with_settings(arguments.set) != config:
+            raise ValueError(f"--set {' '.join(arguments.set)}: differs from the model of --locks; leave it out")
         return TrainingOptions.build(preset, arguments.curriculum or "pydoc", **given), config
     options, config = dict(saved["options"]), AGIFormerConfig.from_dict(saved["config"])
     given |= {"preset": arguments.preset, "curriculum": arguments.curriculum}
@@ -166,6 +184,9 @@ def _announce(trainer: Trainer, resume: Path | None) -> None:
             f"  stage {stage['name']}: steps {stage['start']}–{stage['end']}, α {stage['plasticity']:g}, "
             f"{stage['train_bytes'] / 1e6:.2f} MB to train on, {stage['val_bytes'] / 1e3:.0f} kB held out"
         )
+    if locked := trainer.training_step.optimizer.locked():
+        count = sum(int(mask.sum()) for mask in locked.values())
+        print(f"  {count} weights locked by {options.locks}")
     if resume:
         print(f"  resumed from {resume} at step {trainer.step}")
     sys.stdout.flush()

@@ -69,6 +69,8 @@ class Trainer:
         cache_dir: folder of encoded corpora, or None for the default.
         graph: capture the step as a CUDA graph (on CUDA).
         quiet: no progress bars.
+        start: the model whose weights are trained; new ones when None. `config` is its own.
+        locked: by name of a parameter, [its shape] bool, what never moves.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class Trainer:
         cache_dir: str | Path | None = None,
         graph: bool = True,
         quiet: bool = False,
+        start: AGIFormer | None = None,
+        locked: dict[str, torch.Tensor] | None = None,
     ):
         self.options, self.curriculum, self.device = options, curriculum, device
         self.workers = workers or Workers()
@@ -107,10 +111,16 @@ class Trainer:
         self._open_data(cache_dir)
         torch.manual_seed(options.seed)
         anchored = options.genesis_options.anchors
+        if options.locks:  # a model that has learned before may have some of its own
+            anchored = anchored or config.anchors
         self.model = AGIFormer(replace(config, anchors=anchored)).to(device)
+        if start is not None:
+            self.model.load_state_dict(self.model.state_dict() | start.state_dict())
         self.amp_dtype = amp_dtype(options.amp, device)
         self.graph = graph
         self._make_step()
+        if locked:
+            self.training_step.optimizer.lock(locked)  # in checkpoints from now on
         curved = self.genesis is not None and self.genesis.curve is not None
         self.slow_samplers = self._slow_start_samplers() if curved else []
         self.plan = self._checked_plan(config)

@@ -18,7 +18,7 @@ from model.sgm.memory import KINDS, ExternalMemory
 from model.sgm.router import MemoryRouter
 from model.sgm.storage import WeightStore
 from model.sgm.tasks import micro_tasks
-from model.training.checkpoint import save_checkpoint
+from model.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.conftest import make_random_model
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,8 @@ def here(tmp_path, monkeypatch):
     """An empty folder to work in, and runs of two tasks instead of 25 and three instead of 100."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for name, value in {"QUICK": 2, "FULL": 3, "HEAD": {2: 64, 3: 72}, "demonstration_model": small}.items():
+    changes = {"QUICK": 2, "FULL": 3, "HEAD": {2: 64, 3: 72}, "demonstration_model": small, "REPEATS": 2}
+    for name, value in changes.items():
         monkeypatch.setattr(runs, name, value)
     return tmp_path / "here"
 
@@ -65,8 +66,9 @@ def test_tasks_prints_what_the_run_gave_and_goes_on(here, call):
     header, row = printed[0], printed[1]
     assert header.split()[:3] == ["strategy", "task", "1"]
     assert row.split()[0] == "both"
-    assert re.match(r"a forward pass after 1 tasks: [\d.]+ ms", printed[2])
-    assert printed[3] == "locks that changed: none"
+    for after, said in zip(("0 tasks", "1 task", "2 tasks"), printed[2:5], strict=True):
+        assert re.fullmatch(rf"a forward pass after {after}: [\d.]+ ms", said)
+    assert printed[5] == "locks that changed: none"
     with WeightStore.open(here / "runs" / "şgm" / "weights") as store:
         values = store.values
     assert call(*line)[0] == 0  # there is nothing more to learn
@@ -97,6 +99,12 @@ def test_tasks_takes_its_options(here, call):
         assert lifelong.learner.evaluations == found["evaluations"]
     assert call(*line, "--learns", "head.output.weight")[0] == 2
     assert "accepted are its own options" in call.said[0]
+    assert call(*line, "--checkpoint", "own.safetensors")[0] == 2
+    assert call.said == ["sgm: error: folder='a': holds a model already; accepted is a new one, or no other model"]
+    line = ("tasks", "--quick", "--evaluations", "8", "--strategy", "nothing", "--out", "m")
+    assert call(*line, "--modules", "attention,head")[0] == 0
+    with LifelongLearner.open(here / "m") as lifelong:
+        assert set(lifelong.options.learns) == set(runs.parameters_of(small(), ("attention", "head")))
 
 
 def test_without_a_folder_nothing_is_kept(here, call):
@@ -115,12 +123,15 @@ def test_stress_prints_a_row_for_each_strategy(monkeypatch, call):
     monkeypatch.setattr(runs, "run_tasks", quick)
     status, printed = call("stress", "--fast")
     assert status == 0
-    assert asked == [5] * 5
-    assert len(call.said) == 5
-    assert [re.split(r"  +", row.strip())[0] for row in printed[1:]] == [
-        "nothing", "locks", "directions", "both", "both, float16",
+    assert asked == [5] * 6
+    assert len(call.said) == 6
+    rows = [re.split(r"  +", row.strip()) for row in printed[:-1]]
+    assert [row[0] for row in rows[1:]] == [
+        "nothing", "locks", "directions", "both", "both, single weights", "both, float16",
     ]  # fmt: skip
-    assert printed[0].split()[-1] == "MB"
+    assert rows[0][-3:] == ["MB", "ms before", "ms after"]
+    assert all(float(number) > 0 for row in rows[1:] for number in row[-3:])
+    assert printed[-1].startswith("ms before, ms after: a forward pass")
 
 
 def test_improve_prints_every_iteration_and_goes_on(here, call):
@@ -149,6 +160,56 @@ def test_infer_writes_what_the_folders_model_writes(here, capsysbinary):
             capsysbinary.readouterr()
             assert command.main(["infer", text, "--out", "a", "--max-bytes", "9"]) == 0
             assert capsysbinary.readouterr().out == expected + b"\n"
+
+
+def test_a_model_goes_out_to_generate_and_comes_back_trained(here, call):
+    line = ("tasks", "--quick", "--evaluations", "64", "--out", "a")
+    assert call(*line)[0] == 0
+    status, printed = call("export-model", "b/learned.safetensors", "--out", "a")
+    assert (status, printed) == (0, ["b/learned.safetensors: the model of a after 2 tasks"])
+    with LifelongLearner.open(here / "a") as lifelong:
+        expected = b"".join(p.data for p in generate(lifelong.model, b"As a pirate: ", max_bytes=9, temperature=0.0))
+    written = generate(load_checkpoint("b/learned.safetensors"), b"As a pirate: ", max_bytes=9, temperature=0.0)
+    assert b"".join(piece.data for piece in written) == expected
+    model = load_checkpoint("b/learned.safetensors")
+    with torch.no_grad():
+        model.head.initial.bias += 0.1
+    save_checkpoint(model, "b/trained.safetensors")
+    status, printed = call("import-model", "b/trained.safetensors", "--out", "a")
+    assert status == 0
+    assert [said.rpartition(": ")[0] for said in printed] == [task.name for task in micro_tasks(2)]
+    with LifelongLearner.open(here / "a") as lifelong:
+        assert torch.equal(lifelong.model.head.initial.bias, model.head.initial.bias)
+    with torch.no_grad():
+        model.encoder.embedding.weight += 0.1
+    save_checkpoint(model, "b/trained.safetensors")
+    assert call("import-model", "b/trained.safetensors", "--out", "a") == (2, [])
+    assert "locked weights would change, the first is encoder.embedding.weight[0, 0]" in call.said[0]
+    assert call(*line)[0] == 0  # there is nothing more to learn
+
+
+def test_recover_puts_a_damaged_folder_back(here, call):
+    line = ("tasks", "--quick", "--evaluations", "33", "--out", "a")
+    assert call(*line)[0] == 0
+    assert call("recover", "--out", "a") == (0, ["a: nothing is damaged"])
+    with WeightStore.open(here / "a" / "weights") as store:
+        values = store.values
+        assert call("recover", "--out", "a") == (2, [])
+        assert "open for writing" in call.said[0]
+    for slot in (0, 1):
+        (here / "a" / "weights" / f"weights.{slot}.bin").write_bytes(b"")
+    assert call(*line)[0] == 2
+    status, printed = call("recover", "--out", "a")
+    assert status == 0
+    assert printed[-1] == "a: put back to its snapshot 'kept', 2 tasks"
+    with WeightStore.open(here / "a" / "weights") as store:
+        assert torch.equal(store.values, values)
+    assert call(*line)[0] == 0
+    # Of the improvement loop it is the best total.
+    assert call("improve", "--iterations", "2", "--evaluations", "64", "--out", "b")[0] == 0
+    (here / "b" / "weights" / "head.bin").unlink()
+    assert call("recover", "--out", "b")[0] == 0
+    assert call("improve", "--iterations", "1", "--evaluations", "16", "--out", "b")[0] == 0
 
 
 # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -193,8 +254,34 @@ def test_remember_retrieve_forget_list(here, call, router):
 
     assert call("forget", "2")[1] == ["#2 skill (1.00): Prune the roses in March", "1 forgotten"]
     assert call("forget", "2") == (0, ["0 forgotten"])
-    assert call("forget", "Lives MY")[1][-1] == "2 forgotten"
+    assert call("forget", "Lives MY") == (0, [
+        "#1 fact (1.00): My sister lives in İzmir 🌊", "#3 fact (1.00): My brother lives in Oslo",
+        "0 forgotten: 2 have these words; `forget NUMBER` forgets one",
+    ])  # fmt: skip
+    assert call("forget", "sis") == call("forget", "you") == (0, ["0 forgotten"])
+    assert call("forget", "my sister")[1][-1] == call("forget", "#3")[1][-1] == "1 forgotten"
     assert call("list") == (0, [])
+
+
+def test_list_shows_all_and_no_control_characters(call, here):
+    with ExternalMemory("memory.sqlite", daily_budget=None) as memory:
+        memory.remember_all([f"number {i}" for i in range(60)])
+        memory.remember("a\x1b[31m\nb")
+    status, printed = call("list")
+    assert (status, len(printed)) == (0, 61)
+    assert printed[0] == "#61 fact (1.00): a\\x1b[31m b"
+
+
+def test_an_export_replaces_neither_the_memory_nor_a_folder(here, call):
+    assert call("remember", "kept", "--memory", "m.db")[0] == 0
+    (here / "folder").mkdir()
+    os.mkfifo("pipe")
+    for file in ("m.db", "./m.db", "m.db-wal", "m.db-shm", "m.db.router.safetensors", "folder", "pipe", ""):
+        assert call("export", file, "--memory", "m.db") == (2, [])
+        assert len(call.said) == 1
+        assert f"path={file!r}: " in call.said[0] and "accepted is " in call.said[0]
+    assert call("list", "--memory", "m.db")[1] == ["#1 fact (1.00): kept"]
+    assert {path.name for path in here.iterdir()} == {"m.db", "folder", "pipe"}
 
 
 def test_export_and_import(here, call):
@@ -226,6 +313,9 @@ BAD = {
     "tasks --learns head.nothing.weight": "'head.nothing.weight': accepted are",
     "tasks --learns nothing --strategy locks --out a": "'nothing': accepted are",
     "tasks --learns= --out a": "'': accepted are",
+    "tasks --modules head": "modules='head': accepted without directions, by strategy nothing or locks",
+    "tasks --modules tail --strategy locks --out a": "modules='tail': accepted are embedding, attention",
+    "tasks --modules head --learns x": "not allowed with argument",
     "tasks --evaluations 0": "'0': accepted is an integer ≥ 1",
     "tasks --evaluations many": "'many': accepted is an integer ≥ 1",
     "tasks --checkpoint missing --out a": "checkpoint missing: no such file",
@@ -234,12 +324,18 @@ BAD = {
     "tasks --seed 99999999999999999999 --out a": "seed=99999999999999999999: accepted",
     "tasks --seed x": "argument --seed: invalid int value: 'x'",
     "tasks --out taken": "path='taken': accepted is a new or empty folder",
-    "tasks --out file.txt": "file.txt",
+    "tasks --out file.txt": "path='file.txt': accepted is a new or empty folder",
     "tasks --qui": "unrecognized arguments: --qui",
     "stress --slow": "unrecognized arguments: --slow",
     "improve --iterations 0": "'0': accepted is an integer ≥ 1",
     "improve --iterations 1 --out taken": "path='taken': accepted is a new or empty folder",
     "improve --checkpoint missing": "checkpoint missing: no such file",
+    "improve --iterations 1 --out file.txt": "path='file.txt': accepted is a new or empty folder",
+    "export-model": "required: file",
+    "export-model a.safetensors --out missing": "path='missing': accepted is a folder",
+    "import-model missing --out taken": "path='taken': accepted is a folder",
+    "recover": "path='runs/sgm': accepted is a folder",
+    "recover --out taken": "path='taken': accepted is a folder",
     "infer": "required: text",
     "infer x --out missing": "path='missing': accepted is a folder that was made by `create`",
     "infer x --out taken": "path='taken': accepted is a folder",
@@ -250,6 +346,11 @@ BAD = {
     "remember ": "text='': accepted is a text of 1 to 10000 characters",
     "remember x --memory taken": "'taken'",
     "remember x --memory file.txt": "memory file.txt: ",
+    "remember x --memory :memory:": "--memory :memory:: keeps nothing; accepted is a file",
+    "import file.txt --memory :memory:": "--memory :memory:: keeps nothing; accepted is a file",
+    "list --memory :memory:": "--memory :memory:: there is none",
+    f"list --memory {'x' * 300}": "xxx: there is none",
+    f"remember x --memory {'x' * 300}": "unable to open database file",
     "retrieve x": "--memory memory.sqlite: there is none; `remember` makes it",
     "forget x": "--memory memory.sqlite: there is none",
     "list": "--memory memory.sqlite: there is none",
@@ -300,7 +401,8 @@ def test_every_action_has_help_and_an_example(call):
         assert printed[0].startswith(f"usage: python -m model.sgm {action}")
     status, printed = call("--help")
     examples = {line.split()[3] for line in printed if line.startswith("python -m model.sgm")}
-    assert {"tasks", "stress", "improve", "infer", "remember", "retrieve", "forget", "list"} <= examples
+    learning = {"tasks", "stress", "improve", "infer", "export-model", "import-model", "recover"}
+    assert learning | {"remember", "retrieve", "forget", "list"} <= examples
 
 
 def test_as_a_process_of_its_own(here):

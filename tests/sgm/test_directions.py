@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from model.sgm.directions import RELATIVE, Directions, orthogonal_part
-from model.sgm.learner import Learner, LearnerOptions
+from model.sgm.learner import Learner
 from model.sgm.locking import Units
+from model.sgm.mutations import LearnerOptions
 from model.sgm.population import Population, byte_losses
 from tests.conftest import make_random_model
 
@@ -177,9 +178,16 @@ def test_places_of_a_language_model():
     whole, read = directions.inputs(population.values(), x), directions.inputs(population.values(), x, counts)
     assert len(read[names[0]]) == 6 and torch.equal(read[names[0]], whole[names[0]][9:15])
     assert len(read[names[1]]) == 2 and torch.equal(read[names[1]], whole[names[1]][2:4])
+    written = []
+    handle = model.head.output.register_forward_hook(lambda *given: written.append(given[2]))
     with torch.no_grad():  # and the outputs that count follow from those inputs
+        model(x)
         logits = nn.functional.linear(read[names[0]], model.head.output.weight, model.head.output.bias)
-        torch.testing.assert_close(logits, model(x)[0, 9:15], rtol=1e-5, atol=1e-5)
+    handle.remove()
+    torch.testing.assert_close(logits, written[0].view(2, 24, 256)[0, 9:15], rtol=1e-5, atol=1e-5)
+    everywhere = Directions(population, names, everywhere=names[1:]).inputs(population.values(), x, counts)
+    assert torch.equal(everywhere[names[0]], read[names[0]])
+    assert all(torch.equal(everywhere[name], whole[name]) for name in names[1:])
 
 
 def test_bad_names():
@@ -187,6 +195,11 @@ def test_bad_names():
     for name in ("1.weight", "2.bias", "2", "weight", "3.weight", "2.other_weight", ""):
         with pytest.raises(ValueError, match=f"names='{name}': accepted are weights of nn.Linear layers"):
             Directions(population, [name])
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Embedding(3, 3), nn.Linear(3, 3))
+    tied[1].weight, tied[2].weight = tied[0].weight, tied[3].weight
+    for name in ("0.weight", "2.weight", "3.weight"):
+        with pytest.raises(ValueError, match=f"names='{name}': accepted are"):
+            Directions(Population(tied), [name])
     module = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
     module.forward = lambda x: module[0](x)
     population = Population(module)
@@ -289,12 +302,12 @@ def test_inputs_that_differ_little_are_protected_each():
     assert len(directions.protected["2.weight"]) == 2
 
 
-def test_within_follows_rows_of_64_and_their_free_inputs():
+def test_within_follows_rows_and_their_free_inputs():
     _, population, directions, _ = layer_problem()
     locked = torch.zeros(population.size, dtype=torch.bool)
     layer = locked[population.spans["2.weight"]].view(100, 40)
     layer[:64, ::2] = True
-    layer[70, 3] = True  # one weight of a block takes its input from all 36
+    layer[64:, 3] = True
     read = directions.inputs(population.values(), torch.randn(5, 12))
     directions.protect(directions.inputs(population.values(), torch.randn(7, 12)))
     (first, one), (second, two) = directions.within(read, locked)["2.weight"]
@@ -308,6 +321,34 @@ def test_within_follows_rows_of_64_and_their_free_inputs():
         assert (basis @ old.T).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("m", [0, 7, 33])
+def test_within_is_what_projecting_the_free_inputs_alone_gives(m):
+    """Single locks, row by row; each row keeps the room that its neighbours' locks take from them."""
+    _, population, directions, _ = layer_problem()
+    generator = torch.Generator().manual_seed(m)
+    locked = torch.zeros(population.size, dtype=torch.bool)
+    mask = locked[population.spans["2.weight"]].view(100, 40)
+    mask[:] = torch.rand(100, 40, generator=generator) < torch.linspace(0, 0.4, 100).unsqueeze(1) ** 2
+    mask[3], mask[4:9] = mask[2], True
+    old = torch.randn(m, 40, generator=generator)
+    read = torch.randn(5, 40, generator=generator)
+    directions.protect({"2.weight": old})
+    pieces = directions.within({"2.weight": read}, locked)["2.weight"]
+    assert [row for rows, _ in pieces for row in range(rows.start, rows.stop)] == list(range(100))
+    sizes = set()
+    for rows, basis in pieces:
+        held = mask[rows.start]
+        assert (mask[rows] == held).all()
+        expected = orthogonal_part(read * ~held, old * ~held)
+        assert basis.shape == expected.shape
+        torch.testing.assert_close(basis.T @ basis, expected.T @ expected, rtol=0, atol=1e-5)
+        if len(basis):
+            assert not held.any() or basis[:, held].abs().max() < 1e-12
+            assert not m or (basis @ old.T).abs().max() < 1e-5
+        sizes.add(len(basis))
+    assert 0 in sizes and max(sizes) == 5
+
+
 def test_a_full_layer_has_no_room():
     _, population, directions, free = layer_problem(inputs=8)
     learner = Learner(population)
@@ -315,7 +356,7 @@ def test_a_full_layer_has_no_room():
     assert directions.used("2.weight") == 1
     x = torch.randn(4, 12)
     within = directions.within(directions.inputs(learner.values, x), learner.locked)
-    assert [len(basis) for _, basis in within["2.weight"]] == [0, 0]
+    assert [len(basis) for _, basis in within["2.weight"]] == [0]
     before = learner.values.clone()
     learner.learn(x, torch.randn(4, 100), evaluations=100, free=free, within=within)
     assert torch.equal(before, learner.values)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from model.sgm.learner import Learner, LearnerOptions, Mutations, scales
+from model.sgm import learner as learner_module
+from model.sgm.learner import Learner
+from model.sgm.mutations import LearnerOptions, Mutations, scales
 from model.sgm.population import Population
 from tests.conftest import make_random_model
 
@@ -117,11 +119,35 @@ def test_what_is_taken_is_the_best_of_all_that_were_seen():
             assert losses.min() >= learned.before
 
 
+def test_of_what_comes_to_the_target_the_smallest_change_is_taken():
+    """A larger one says more about all other inputs, and the loss is low enough."""
+    module, batch = problem()
+    population = Watched(module)
+    taken = []
+    for target in (0.0, 0.93, 0.97):
+        population.seen.clear()
+        learner = Learner(population, LearnerOptions(population=16, sigma=0.02))
+        start = population.losses(learner.values[None], *batch).mean().item()
+        learner.learn(*batch, evaluations=2, target=target * start)
+        (tried, _, _, losses), (steps, _, _, of_steps) = population.seen[2:]
+        sizes = torch.tensor([0.02] * len(tried) + [0.02 * s for s in (0.5, 1, 2, 4)])
+        losses, versions = torch.cat([losses, of_steps]), torch.cat([tried, steps])
+        there = losses <= target * start
+        expected = sizes.where(there, torch.inf).argmin() if there.any() else losses.argmin()
+        assert torch.equal(learner.values, versions[expected])
+        taken.append((learner.values - tried.mean(0)).norm().item())
+    assert there.sum() > 1 and losses.argmin() != expected
+    assert taken[2] < taken[0]
+
+
 def test_target_and_evaluations_end_it():
     module, batch = problem()
     learner = Learner(Watched(module), LearnerOptions(population=16))
-    start = learner.learn(*batch, evaluations=0)
+    start = learner.learn(*batch, evaluations=1)
     assert start.generations == 0 and start.evaluations == 1
+    for evaluations in (0, -1, 1.5, "9"):
+        with pytest.raises(ValueError, match=f"evaluations={evaluations!r}: accepted is an integer ≥ 1"):
+            learner.learn(*batch, evaluations=evaluations)
     some = learner.learn(*batch, evaluations=100_000, target=0.8 * start.before)
     assert some.after <= 0.8 * start.before and some.evaluations < 5_000
     again = learner.learn(*batch, evaluations=1_000, target=0.8 * start.before)
@@ -413,6 +439,35 @@ def test_evaluations_are_counted_exactly(options, population_size):
         assert learned.evaluations == 1 + learned.generations * (mutated + steps)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_generation_in_parts_is_as_one(monkeypatch, options):
+    """Directions that do not fit into memory together are drawn again, the same, for the estimate."""
+    module, batch = problem()
+    largest, draw = [], Mutations.draw
+
+    def watched(self, count):
+        largest.append(count)
+        # Directions one by one, so that what is drawn does not depend on how many are drawn together.
+        return torch.cat([draw(self, 1) for _ in range(count)])
+
+    monkeypatch.setattr(Mutations, "draw", watched)
+    found = []
+    for at_once in (16_000_000, 3 * 66, 1):
+        monkeypatch.setattr(learner_module, "AT_ONCE", at_once)
+        learner = Learner(Population(module, squares), LearnerOptions(population=18, **options), seed=2)
+        largest.clear()
+        learned = learner.learn(*batch, evaluations=300)
+        assert learned.accepted > 3
+        assert max(largest) == {16_000_000: 7 if options["antithetic"] else 14, 198: 3, 1: 1}[at_once] + (
+            (2 if options["antithetic"] else 4) * (at_once == 16_000_000 and not options["recombine"])
+        )
+        found.append((learned, learner.values, learner.generator.get_state()))
+    for learned, values, state in found[1:]:
+        assert torch.equal(state, found[0][2])
+        assert learned.evaluations == found[0][0].evaluations and learned.accepted == found[0][0].accepted
+        torch.testing.assert_close(values, found[0][1], rtol=1e-4, atol=1e-5)
+
+
 def test_equal_seeds_are_equal_and_others_are_not():
     module, batch = problem()
 
@@ -475,87 +530,6 @@ def test_options_out_of_range(change):
             LearnerOptions(**change)
 
 
-# ── mutations ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Shapes(nn.Module):
-    """A matrix, a wide one, a vector, a scalar, a stack of matrices."""
-
-    def __init__(self):
-        super().__init__()
-        self.matrix = nn.Parameter(torch.randn(24, 16))
-        self.row = nn.Parameter(torch.randn(1, 30))
-        self.vector = nn.Parameter(torch.randn(40))
-        self.scalar = nn.Parameter(torch.randn(()))
-        self.stack = nn.Parameter(torch.randn(6, 5, 4))
-
-
-UNITS = {"matrix": 1 / 4, "row": 30**-0.5, "vector": 0.1, "scalar": 0.1, "stack": 20**-0.5}
-
-
-def mutations(options, free=None, within=None, seed=0):
-    population = Population(Shapes())
-    free = torch.ones(population.size, dtype=torch.bool) if free is None else free
-    return population, Mutations(population, options, torch.Generator().manual_seed(seed), free, within)
-
-
-def test_scales():
-    population, _ = mutations(LearnerOptions())
-    for name, span in population.spans.items():
-        torch.testing.assert_close(scales(population)[span], torch.full((span.stop - span.start,), UNITS[name]))
-
-
-@pytest.mark.parametrize(("perturbation", "rank"), [("low-rank", 1), ("low-rank", 3), ("dense", 1)])
-def test_draws_have_their_rank_their_scale_and_no_bias(perturbation, rank):
-    population, made = mutations(LearnerOptions(perturbation=perturbation, rank=rank))
-    drawn = made.draw(3_000)
-    for name, span in population.spans.items():
-        each = drawn[:, span] / UNITS[name]
-        # Standard errors: of a mean 1/√n, of a mean square √(k/n) with k = E x⁴ − 1, at most 8 + 6/rank.
-        # Weights of one low-rank draw depend on each other, hence those of one weight over draws.
-        assert each.mean(0).abs().max() < 5 / 3_000**0.5, name
-        assert (each.square().mean(0) - 1).abs().max() < 5.5 * (8 / 3_000) ** 0.5, name
-        assert each.square().mean() == pytest.approx(1, abs=0.1)
-    singular = torch.linalg.svdvals(drawn[:50, population.spans["matrix"]].view(50, 24, 16))
-    ranks = (singular > 1e-5 * singular[:, :1]).sum(1)
-    assert (ranks == (rank if perturbation == "low-rank" else 16)).all()
-    singular = torch.linalg.svdvals(drawn[:50, population.spans["stack"]].view(50, 6, 20))
-    assert ((singular > 1e-5 * singular[:, :1]).sum(1) == (rank if perturbation == "low-rank" else 6)).all()
-    # Directions are independent of each other.
-    unit = nn.functional.normalize(drawn[:200, population.spans["matrix"]], dim=1)
-    cosine = (unit @ unit.T)[~torch.eye(200, dtype=torch.bool)]
-    assert cosine.mean().abs() < 5 * cosine.std() / 200**0.5 and cosine.abs().max() < 0.95
-
-
-def test_what_is_not_free_is_not_drawn():
-    population, _ = mutations(LearnerOptions())
-    free = torch.rand(population.size, generator=torch.Generator().manual_seed(0)) < 0.3
-    free[population.spans["vector"]] = False
-    population, made = mutations(LearnerOptions(), free)
-    assert "vector" not in made.selection.spans
-    drawn = made.draw(5)
-    chosen = made.selection.take(free)
-    assert drawn.shape == (5, made.selection.size)
-    assert not drawn[:, ~chosen].any() and (drawn[:, chosen] != 0).all()
-
-
-@pytest.mark.parametrize("rank", [1, 4])
-def test_draws_within_a_basis(rank):
-    generator = torch.Generator().manual_seed(5)
-    basis = torch.linalg.qr(torch.randn(16, 5, generator=generator))[0].T
-    other = torch.linalg.qr(torch.randn(16, 2, generator=generator))[0].T
-    pieces = [(slice(0, 10), basis), (slice(10, 20), other), (slice(20, 24), basis[:0])]
-    population, made = mutations(LearnerOptions(rank=rank), within={"matrix": pieces})
-    drawn = made.draw(2_000)[:, population.spans["matrix"]].view(-1, 24, 16) / UNITS["matrix"]
-    for rows, span in pieces[:2]:
-        part = drawn[:, rows]
-        torch.testing.assert_close(part @ span.T @ span, part, rtol=0, atol=2e-5)
-        assert part.square().mean() == pytest.approx(1, abs=0.15)
-        assert (torch.linalg.matrix_rank(part[:20], rtol=1e-4) == min(rank, len(span))).all()
-    assert not drawn[:, 20:].any()
-    assert made.draw(3)[:, population.spans["vector"]].all()  # the others as ever
-
-
 def test_without_room_nothing_moves():
     module, batch = problem()
     population = Watched(module)
@@ -565,21 +539,6 @@ def test_without_room_nothing_moves():
     before = learner.values.clone()
     learner.learn(*batch, evaluations=100, free=free, within={"0.weight": [(slice(0, 7), torch.zeros(0, 5))]})
     assert torch.equal(bits(before), bits(learner.values))
-
-
-def test_low_rank_draws_take_less_from_the_generator(monkeypatch):
-    """Which is what makes them fast: rows + columns numbers a direction, not rows × columns."""
-    counted, normal = [], Mutations._normal
-
-    def watched(self, *shape):
-        counted.append(torch.Size(shape).numel())
-        return normal(self, *shape)
-
-    monkeypatch.setattr(Mutations, "_normal", watched)
-    free = torch.zeros(Population(Shapes()).size, dtype=torch.bool)
-    free[: 24 * 16] = True
-    mutations(LearnerOptions(), free)[1].draw(10)
-    assert sum(counted) == 10 * (24 + 16)
 
 
 def test_a_language_model_learns_bytes():

@@ -1,13 +1,12 @@
 """What matters is found, as loops over hand-edited weights find it, and does not move under any optimizer."""
 
 import copy
-import hashlib
-import struct
 
 import pytest
 import torch
 from torch import nn
 
+from model.layers.hull import ConvexPetals, SwiGLUPetals, VectorHull
 from model.sgm import locking
 from model.sgm.locking import (
     LockOptions,
@@ -15,22 +14,12 @@ from model.sgm.locking import (
     ablations,
     anchors,
     by_parameter,
-    digest,
     find_important,
-    lock_gradients,
-    lock_updates,
 )
 from model.sgm.population import Population
-from model.training.optimizer import MuonAdamW
-from model.training.step import TrainingStep
 from tests.conftest import make_random_model
-from tests.genesis.test_replay import needs_cuda
 
 SMALL = {"d_model": 16, "n_layers": 1, "byte_dim": 8, "window": 3, "ffn_dim": 16, "reasoning_dim": 16, "head_dim": 16}
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().contiguous().view(torch.int32)
 
 
 class Weights(nn.Module):
@@ -87,6 +76,69 @@ def test_blocks_are_64_outputs_of_one_input_or_64_in_a_row():
     assert torch.equal(units.sizes, torch.bincount(units.of_weight))
 
 
+class Petals(nn.Module):
+    """Hulls of every kind, and convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.convex, self.swiglu, self.hull = ConvexPetals(70, 3, 24), SwiGLUPetals(70, 2, 40), VectorHull(66, 2, 5)
+        self.convolution = nn.Conv1d(3, 70, 2)
+        self.back = nn.ConvTranspose1d(3, 70, 2)
+
+
+def test_blocks_of_petals_are_64_outputs_of_one_input_of_one_petal():
+    """By what the weights do: a block of `down` is all of what one hidden unit says to 64 channels."""
+    population = Population(Petals())
+    units = Units(population)
+    cut = by_parameter(population, units.of_weight)
+    outputs = {  # the axis of the outputs; all others but the petals are inputs
+        "convex.up": 1, "convex.down": 2, "swiglu.up": 1, "swiglu.down": 2, "hull.up": 1, "hull.raw": 2,
+        "hull.skip": 1, "convolution.weight": 0, "back.weight": 1,
+    }  # fmt: skip
+    cut["back.weight"] = cut["back.weight"].view(3, 140)  # every output has as many as the kernel is long
+    for name, axis in outputs.items():
+        each = cut[name].movedim(axis, -1).reshape(-1, cut[name].shape[axis])
+        for row in each:  # one petal, one input
+            assert [len(part.unique()) for part in row.split(64)] == [1] * -(-len(row) // 64), name
+        assert len(each.unique()) == each.shape[0] * -(-each.shape[1] // 64), name
+    for name, blocks in (("convex.bias", 3), ("hull.bias", 2), ("hull.offset", 4), ("convolution.bias", 2)):
+        assert len(cut[name].unique()) == blocks, name
+        assert all(len(part.unique()) == 1 for row in cut[name].view(-1, cut[name].shape[-1]) for part in row.split(64))
+    assert len(units) == sum(len(each.unique()) for each in cut.values()) == int(units.of_weight.max()) + 1
+
+
+def test_a_block_of_down_is_heard_by_one_hidden_unit():
+    """Independently of how axes are named: without the block, the layer is as if that hidden unit had been silent."""
+    petals = ConvexPetals(12, 2, 8)
+    with torch.no_grad():
+        for p in petals.petal_parameters().values():
+            p.normal_(generator=torch.Generator().manual_seed(1))
+    population = Population(petals)
+    units = by_parameter(population, Units(population).of_weight)["down"]
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(2))
+    blocks = set()
+    for unit in units.unique():
+        (petal, hidden), *others = {(int(i), int(j)) for i, j, _ in (units == unit).nonzero()}
+        assert not others
+        with torch.no_grad():
+            without, silent = copy.deepcopy(petals), copy.deepcopy(petals)
+            without.down[units == unit] = 0
+            silent.up[petal, hidden], silent.bias[petal, hidden] = 0, 0
+            torch.testing.assert_close(without(x), silent(x))
+        blocks.add((petal, hidden))
+    assert len(blocks) == 2 * 8
+
+
+def test_units_of_some_parameters():
+    population = Population(Shapes())
+    free = torch.zeros(population.size, dtype=torch.bool)
+    free[population.spans["vector"].start] = free[population.spans["scalar"]] = True
+    of = population.select(free)
+    units = Units(of)
+    assert units.of_weight.shape == (151,)
+    assert units.sizes.tolist() == [64, 64, 22, 1]
+
+
 def test_units_of_single_weights():
     population = Population(Shapes())
     units = Units(population, "weight")
@@ -114,24 +166,33 @@ def test_ablations_are_a_loop_over_hand_edited_weights(monkeypatch, unit, factor
     monkeypatch.setattr(locking, "AT_ONCE", at_once)
     model = make_random_model(**SMALL)
     population = Population(model)
-    values, units = population.values(), Units(population, unit)
-    of = population.select(~anchors(model, population))
-    inside = units.of_weight[of.take(torch.arange(population.size))].unique()
+    values, of = population.values(), population.select(~anchors(model, population))
+    units = Units(of, unit)
+    inside = units.of_weight.unique()
     generator = torch.Generator().manual_seed(0)
     groups = inside[torch.randperm(len(inside), generator=generator)[:12]].view(4, 3)
     x = torch.randint(256, (2, 18), dtype=torch.uint8, generator=generator)
-    found = ablations(population, values, units, groups, x, factor=factor, of=of)
+    found = ablations(of, values, units, groups, x, factor=factor)
+    unit_of = of.put(units.of_weight, torch.full((population.size,), -1))
     for group, loss in zip(groups, found):
         copied = copy.deepcopy(model)
         with torch.no_grad():
-            position = 0
-            for p in copied.parameters():
-                for i in range(p.numel()):
-                    if units.of_weight[position + i] in group:
-                        p.view(-1)[i] *= factor
-                position += p.numel()
+            for p, unit in zip(copied.parameters(), unit_of.split([p.numel() for p in copied.parameters()])):
+                p.view(-1)[[each in group.tolist() for each in unit.tolist()]] *= factor
             torch.testing.assert_close(loss, copied.loss(x), rtol=1e-5, atol=1e-5)
     assert found.std() > 0
+
+
+def test_ablations_need_no_table_of_all_units(monkeypatch):
+    """Of single weights there are as many units as weights: what is kept of them does not grow with both."""
+    population, values = priced([1.0] * 4096, lambda w: 1 + (1 - w)[:64].sum())
+    of = population.select(torch.ones(4096, dtype=torch.bool))
+    sizes, zeros = [], torch.zeros
+    monkeypatch.setattr(locking.torch, "zeros", lambda *a, **k: (sizes.append(a), zeros(*a, **k))[1])
+    units = Units(of, "weight")
+    found = ablations(of, values, units, torch.arange(2048).unsqueeze(1), BATCH, factor=0.0)
+    assert torch.equal(found, torch.where(torch.arange(2048) < 64, 2.0, 1.0))
+    assert max(rows * columns for rows, columns in sizes) <= 2048 * 2049
 
 
 def test_importance_is_the_loss_without_the_block_and_the_best_are_locked():
@@ -402,7 +463,7 @@ def test_what_a_language_model_has_learned_is_found():
             assert without > 1.009 * model.loss(x)
 
 
-# ── anchors and digests ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── anchors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Mixed(nn.Module):
@@ -430,33 +491,40 @@ def test_anchors_are_embeddings_and_norms_alone():
     assert not anchors(alone, Population(alone)).any()
 
 
+def test_norms_are_known_by_their_class_or_the_end_of_its_name():
+    class MyLayerNorm(nn.Linear):
+        pass
+
+    class Derived(nn.LayerNorm):
+        pass
+
+    class Normal(nn.Linear):
+        pass
+
+    class NormalisedLinear(nn.Linear):
+        pass
+
+    class GradNormBalance(nn.Linear):
+        pass
+
+    class BatchNorm2d(nn.Linear):
+        pass
+
+    for kind, expected in (
+        (lambda: MyLayerNorm(2, 2), True), (lambda: Derived(2), True), (lambda: BatchNorm2d(2, 2), True),
+        (lambda: nn.InstanceNorm1d(2, affine=True), True), (lambda: nn.SyncBatchNorm(2), True),
+        (lambda: Normal(2, 2), False), (lambda: NormalisedLinear(2, 2), False), (lambda: GradNormBalance(2, 2), False),
+    ):  # fmt: skip
+        module = kind()
+        assert anchors(module, Population(module)).all() == expected, module
+
+
 def test_anchors_of_the_language_model():
     model = make_random_model(growth=("widen 64", "grow 0"))
     population = Population(model)
     names = {name for name, each in by_parameter(population, anchors(model, population)).items() if each.any()}
     tables = {f"{name}.weight" for name, each in model.named_modules() if isinstance(each, nn.Embedding)}
     assert names == tables and "encoder.embedding.weight" in names
-
-
-def test_digest_is_sha256_of_places_and_bits():
-    values = torch.tensor([1.5, -0.0, 3.0, 1e-42])
-    mask = torch.tensor([True, True, False, True])
-    expected = hashlib.sha256(struct.pack("<3q", 0, 1, 3) + struct.pack("<3f", 1.5, -0.0, 1e-42)).hexdigest()
-    assert digest(values, mask) == expected
-    other = values.clone()
-    other[2] = 7  # not masked
-    assert digest(other, mask) == expected
-    seen = {expected}
-    for place in (0, 1, 3):
-        for bit in range(32):
-            changed = values.clone()
-            changed.view(torch.int32)[place] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
-            seen.add(digest(changed, mask))
-    assert len(seen) == 1 + 3 * 32
-    ones = torch.ones(4)  # equal values at other places
-    masks = [torch.tensor([bool(i >> j & 1) for j in range(4)]) for i in range(16)]
-    assert len({digest(ones, mask) for mask in masks}) == 16
-    assert digest(values.clone().requires_grad_(), mask) == expected
 
 
 def test_by_parameter():
@@ -467,233 +535,3 @@ def test_by_parameter():
         "matrix": (130, 3), "vector": (150,), "empty": (0, 4), "scalar": (),
     }  # fmt: skip
     assert torch.equal(torch.cat([each.flatten() for each in cut.values()]), mask)
-
-
-# ── gradient optimizers ──────────────────────────────────────────────────────────────────────────────────────────────
-
-OPTIMIZERS = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=0.1, nesterov=True),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, 0.05, weight_decay=0.5),
-    "adam": lambda parameters: torch.optim.Adam(parameters, 0.05, amsgrad=True),
-}
-
-
-def network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
-
-
-def train(module, optimizer, steps=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (module(torch.randn(8, 4, generator=generator)) ** 2).sum().backward()
-        optimizer.step()
-
-
-def some(module, seed=1) -> tuple[Population, torch.Tensor]:
-    population = Population(module)
-    return population, torch.rand(population.size, generator=torch.Generator().manual_seed(seed)) < 0.5
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_locked_weights_do_not_move_under_an_optimizer(name):
-    module = network()
-    with torch.no_grad():
-        module[0].weight[0, 0] = -0.0
-    population, mask = some(module)
-    mask[0] = True
-    optimizer = OPTIMIZERS[name](module.parameters())
-    train(module, optimizer)  # momentum is there before the lock
-    before = population.values()
-    unlock = lock_gradients(module, by_parameter(population, mask))
-    train(module, optimizer, seed=1)
-    after = population.values()
-    assert torch.equal(bits(before)[mask], bits(after)[mask]) and (before != after)[~mask].all()
-    gradients = torch.cat([p.grad.flatten() for p in module.parameters()])
-    assert not gradients[mask].any() and gradients[~mask].all()
-    unlock()
-    train(module, optimizer, seed=2)
-    assert (population.values() != after)[1:].all()
-
-
-def test_what_is_free_moves_as_without_the_lock():
-    modules = network(), network()
-    population, mask = some(modules[0])
-    optimizers = [torch.optim.SGD(module.parameters(), 0.1, momentum=0.9) for module in modules]
-    lock_gradients(modules[0], by_parameter(population, mask))
-    train(modules[0], optimizers[0], 1), train(modules[1], optimizers[1], 1)
-    torch.testing.assert_close(population.values()[~mask], Population(modules[1]).values()[~mask], rtol=0, atol=0)
-
-
-def test_other_modules_are_not_touched():
-    module, other, reference = network(), network(1), network(1)
-    population, mask = some(module)
-    unlock = lock_gradients(module, by_parameter(population, torch.ones_like(mask)))
-    train(other, OPTIMIZERS["adamw"](other.parameters()))
-    unlock()
-    train(reference, OPTIMIZERS["adamw"](reference.parameters()))
-    assert torch.equal(Population(other).values(), Population(reference).values())
-
-
-def test_locks_of_two_tasks_hold_together():
-    module = network()
-    population, first = some(module, 1)
-    _, second = some(module, 2)
-    optimizer = OPTIMIZERS["adamw"](module.parameters())
-    one = lock_gradients(module, by_parameter(population, first))
-    start = population.values()
-    train(module, optimizer)
-    middle = population.values()
-    two = lock_gradients(module, by_parameter(population, second))
-    train(module, optimizer, seed=1)
-    end = population.values()
-    assert torch.equal(start[first], end[first]) and torch.equal(middle[second], end[second])
-    assert (middle != end)[~first & ~second].all() and (start != middle)[~first].all()
-    two()
-    train(module, optimizer, seed=2)
-    assert torch.equal(start[first], population.values()[first])
-    assert (population.values() != end)[second & ~first].all()
-    one()
-
-
-def test_frozen_parameters_can_be_locked():
-    module = network()
-    module[0].weight.requires_grad_(False)
-    population, mask = some(module)
-    unlock = lock_gradients(module, by_parameter(population, mask))
-    before = population.values()
-    train(module, OPTIMIZERS["sgd"]([p for p in module.parameters() if p.requires_grad]))
-    assert torch.equal(before[mask], population.values()[mask])
-    unlock()
-
-
-# ── MuonAdamW ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def language_model():
-    model = make_random_model(**SMALL)
-    generator = torch.Generator().manual_seed(0)
-    return model, torch.randint(256, (4, 24), dtype=torch.uint8, generator=generator)
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_locked_weights_do_not_move_under_muonadamw(optimizer):
-    model, x = language_model()
-    population, mask = some(model)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.view(-1)[::2] *= -0.0  # half of all weights are zeros of either sign
-    updates = MuonAdamW(model, optimizer=optimizer, lr=0.02, weight_decay=0.3)
-    step = TrainingStep(model, updates)
-    step.run(x)
-    step.run(x)
-    before = population.values()
-    unlock = lock_updates(updates, by_parameter(population, mask))
-    for _ in range(3):
-        step.run(x)
-    after = population.values()
-    assert torch.equal(bits(before)[mask], bits(after)[mask])
-    moved = by_parameter(population, before != after)
-    free = by_parameter(population, ~mask)
-    assert all(moved[name][free[name]].any() for name in moved if free[name].any())
-    unlock()
-    step.run(x)
-    assert not torch.equal(population.values()[mask], after[mask]) and not updates.modifiers
-
-
-def test_weight_decay_alone_does_not_move_what_is_locked():
-    model, _ = language_model()
-    population, mask = some(model)
-    updates = MuonAdamW(model, lr=0.1, weight_decay=0.5)
-    lock_updates(updates, by_parameter(population, mask))
-    before = population.values()
-    updates.zero_grad()
-    updates.step()
-    decayed = before != population.values()
-    assert not decayed[mask].any() and decayed[~mask].sum() > 100
-
-
-def test_gradients_without_a_number_do_not_reach_what_is_locked():
-    model, _ = language_model()
-    population, mask = some(model)
-    updates = MuonAdamW(model, lr=0.1)
-    lock_updates(updates, by_parameter(population, mask))
-    before = population.values()
-    updates.grads.fill_(torch.nan)
-    updates.step()  # neither clipped nor checked
-    assert torch.equal(bits(before)[mask], bits(population.values())[mask])
-    assert population.values()[~mask].isnan().all()
-
-
-def test_locks_of_two_tasks_hold_together_under_muonadamw():
-    model, x = language_model()
-    population, first = some(model, 1)
-    _, second = some(model, 2)
-    updates = MuonAdamW(model, lr=0.02)
-    step = TrainingStep(model, updates)
-    one = lock_updates(updates, by_parameter(population, first))
-    start = population.values()
-    step.run(x)
-    middle = population.values()
-    lock_updates(updates, by_parameter(population, second))
-    step.run(x)
-    end = population.values()
-    assert torch.equal(start[first], end[first]) and torch.equal(middle[second], end[second])
-    assert (start != middle)[second & ~first].any() and (middle != end)[~first & ~second].any()
-    one()
-    step.run(x)
-    assert torch.equal(end[second], population.values()[second])
-    assert (end != population.values())[first & ~second].any()
-
-
-def test_locked_anew_after_growth():
-    model, x = language_model()
-    updates = MuonAdamW(model, lr=0.02)
-    population, mask = some(model)
-    unlock = lock_updates(updates, by_parameter(population, mask))
-    TrainingStep(model, updates).run(x)
-    model.add_petals(0, 2)
-    updates.rebuild(model)
-    unlock()
-    grown = Population(model)
-    old = by_parameter(population, mask)
-    locked = {name: old.get(name, torch.zeros(shape, dtype=torch.bool)) for name, shape in grown.shapes.items()}
-    lock_updates(updates, locked)
-    before, mask = grown.values(), torch.cat([each.flatten() for each in locked.values()])
-    TrainingStep(model, updates).run(x)
-    assert torch.equal(before[mask], grown.values()[mask]) and (before != grown.values())[~mask].any()
-
-
-def test_frozen_parameters_are_no_part_of_it():
-    model, x = language_model()
-    model.grow(0)  # the left tree is frozen: the optimizer has no view of it
-    population, mask = some(model)
-    updates = MuonAdamW(model, lr=0.02)
-    assert len(updates.views) < len(population.spans)
-    lock_updates(updates, by_parameter(population, mask))
-    before = population.values()
-    TrainingStep(model, updates).run(x)
-    assert torch.equal(before[mask], population.values()[mask])
-
-
-@needs_cuda
-def test_locked_weights_do_not_move_in_a_captured_step():
-    model, x = language_model()
-    model, x = model.cuda(), x.cuda()
-    population, mask = some(model)
-    mask = mask.cuda()
-    updates = MuonAdamW(model, lr=0.02, weight_decay=0.3)
-    step = TrainingStep(model, updates, amp_dtype=torch.bfloat16, graph=True)
-    unlock = lock_updates(updates, by_parameter(population, mask))
-    before = population.values()
-    for _ in range(8):
-        step.run(x)
-    after = population.values()
-    assert step._captured is not None
-    assert torch.equal(bits(before)[mask], bits(after)[mask]) and (before != after)[~mask].float().mean() > 0.5
-    unlock()
-    step.recapture()
-    for _ in range(8):
-        step.run(x)
-    assert (population.values() != after)[mask].float().mean() > 0.5

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.layers.hull import ConvexPetals, SwiGLUPetals, VectorHull
 from model.sgm import population as population_module
-from model.sgm.population import Population, byte_losses, evaluating
+from model.sgm.population import Matrices, Population, byte_losses, evaluating, matrices, place_losses
 from tests.conftest import make_random_model
 
 VARIANTS = {
@@ -89,6 +90,26 @@ def test_only_what_counts_counts():
     assert population.losses(versions, x, torch.zeros_like(counts)).eq(0).all()
 
 
+def test_losses_of_places_are_those_of_rows_byte_by_byte():
+    model = make_random_model(**SMALL)
+    x = byte_rows()
+    counts = torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    with torch.no_grad():
+        logs = F.cross_entropy(model(x).flatten(0, 1), x.flatten().long(), reduction="none").view(x.shape)
+        for each in (None, counts, torch.zeros_like(counts)):
+            losses = place_losses(model, x, each)
+            chosen = torch.ones_like(counts) if each is None else each
+            assert losses.shape == x.shape and not losses[~chosen].any()
+            shares = chosen.sum(1, keepdim=True).expand_as(x)[chosen] / x.shape[1]
+            torch.testing.assert_close(losses[chosen] * shares, logs[chosen], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(byte_losses(model, x, each), losses.mean(1))
+        population = Population(model, place_losses)
+        found = population.losses(some_versions(population), x, counts)
+        assert found.shape == (4, *x.shape)
+        rows = Population(model).losses(some_versions(population), x, counts)
+        torch.testing.assert_close(found.mean(2), rows)
+
+
 def test_an_infinite_loss_where_nothing_counts_is_not_seen():
     logits = torch.zeros(1, 2, 256)
     logits[0, 1, 7] = -torch.inf
@@ -116,6 +137,85 @@ class Custom(nn.Module):
 
 def squares(model, x, target):
     return (model(x) - target).square().mean(1)
+
+
+class Kinds(nn.Module):
+    """A parameter of every kind that is cut in its own way."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.table = nn.Linear(5, 7), nn.Embedding(9, 4)
+        self.line, self.plane = nn.Conv1d(6, 8, 3, groups=2), nn.Conv2d(3, 10, (2, 5))
+        self.back = nn.ConvTranspose1d(6, 8, 3)
+        self.convex, self.swiglu = ConvexPetals(12, 3, 16), SwiGLUPetals(12, 2, 16)
+        self.hull = VectorHull(6, 4, 5)
+        self.stack, self.scalar = nn.Parameter(torch.zeros(6, 5, 4)), nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(2, 3))
+        self.tied = nn.Linear(5, 7)
+        self.tied.weight = self.linear.weight
+
+
+def test_how_parameters_are_cut_into_matrices():
+    def vector(count, length):
+        return Matrices(count, length, 1, True, vector=True)
+
+    found = matrices(Kinds())
+    assert found == {
+        "stack": Matrices(1, 6, 20, False), "scalar": vector(1, 1), "bias": vector(1, 6),
+        "linear.weight": Matrices(1, 7, 5, False), "linear.bias": vector(1, 7),
+        "table.weight": Matrices(1, 9, 4, False),
+        "line.weight": Matrices(1, 8, 9, False), "line.bias": vector(1, 8),
+        "plane.weight": Matrices(1, 10, 30, False), "plane.bias": vector(1, 10),
+        "back.weight": Matrices(1, 24, 6, True), "back.bias": vector(1, 8),
+        "convex.up": Matrices(3, 16, 12, False), "convex.bias": vector(3, 16), "convex.down": Matrices(3, 12, 16, True),
+        "convex.log_tau": vector(1, 1),
+        "swiglu.up": Matrices(2, 32, 12, False), "swiglu.down": Matrices(2, 12, 16, True),
+        "hull.up": Matrices(4, 5, 6, False), "hull.bias": vector(4, 5), "hull.raw": Matrices(4, 6, 5, True),
+        "hull.skip": Matrices(4, 6, 6, False), "hull.offset": vector(4, 6), "hull.log_tau": vector(1, 1),
+        "tied.bias": vector(1, 7),
+    }  # fmt: skip
+    for name, p in Kinds().named_parameters():
+        n, rows, columns = found[name].shape
+        assert n * rows * columns == p.numel(), name
+        assert p.shape[:1] == (n,) or n == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_parameters_of_a_language_model_are_cut(variant):
+    model = make_random_model(**(SMALL | VARIANTS[variant]))
+    found = matrices(model)
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    for name, p in model.named_parameters():
+        if p.dim() == 3:
+            assert found[name].shape == tuple(p.shape) and found[name].inputs_first == name.endswith("down"), name
+        assert found[name].vector == (p.dim() < 2 or name.endswith("bias")), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_versions_are_evaluated_in_the_dtype_of_each_parameter(dtype):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).to(dtype)
+    x, target = torch.randn(5, 4).to(dtype), torch.randn(5, 2).to(dtype)
+    population = Population(module, squares)
+    versions = some_versions(population, 3, size=0.3)
+    assert versions.dtype == torch.float32
+    expected = []
+    for version in versions:
+        each = copy.deepcopy(module)
+        Population(each).load(version)
+        with torch.no_grad():
+            expected.append(squares(each, x, target).float())
+    expected = torch.stack(expected)
+    losses = population.losses(versions, x, target)
+    assert losses.dtype == torch.float32
+    rounding = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * max(torch.finfo(dtype).eps, 1e-7)}
+    torch.testing.assert_close(losses, expected, **rounding)
+    of = population.select(torch.arange(population.size) >= population.spans["2.weight"].start)
+    parts = of.take(versions)
+    whole = torch.stack([of.put(part, population.values()) for part in parts])
+    expected = population.losses(whole, x, target)
+    found = population.losses(parts, x, target, of=of, base=population.values())
+    torch.testing.assert_close(found, expected, **rounding)
 
 
 def small_cases():

@@ -7,17 +7,24 @@ import torch
 from safetensors import safe_open
 
 from model import load_checkpoint
-from model.sgm.lifelong import LifelongLearner, LifelongOptions
+from model.sgm.lifelong import LifelongLearner
+from model.sgm.lifelong_options import LifelongOptions
 from model.sgm.locking import LockOptions
 from model.sgm.tasks import Task
+from model.training.trainer import Trainer
 from tests.conftest import make_random_model
 from tests.training.test_train_script import curriculum, environment, script  # noqa: F401 (fixtures)
 
 TASKS = [Task("pirate", "style", (("Arr: ", "matey"),)), Task("başkent", "fact", (("TR: ", "Ankara 🙂"),))]
 LOCK = LockOptions(candidates=16, groups=4, group_size=4, minimum=0.001, budget=0.01)
 RUN = ["--batch-size", "2", "--seq-len", "64", "--sample-bytes", "0", "--quiet", "--steps", "12", "--save-every", "4"]
-RUN += ["--weight-decay", "0.3", "--lr", "0.01"]
+RUN += ["--weight-decay", "0.3", "--lr", "0.01", "--eval-every", "12"]
 LAST = "last_model_curriculum.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def no_plot(monkeypatch):
+    monkeypatch.setattr(Trainer, "plot", lambda self: None)
 
 
 @pytest.fixture
@@ -25,7 +32,7 @@ def folder(tmp_path):
     """A folder that has learned one task."""
     model = make_random_model(n_layers=1, head_dim=64)
     path = tmp_path / "sgm"
-    options = LifelongOptions(learns=("blocks.0.output.weight", "head.output.weight"), energy=0.5)
+    options = LifelongOptions(learns=("blocks.0.output.weight",), energy=0.5)
     with LifelongLearner.create(path, model, options, lock=LOCK) as lifelong:
         lifelong.learn(TASKS[0], evaluations=64)
         for name in options.learns:
