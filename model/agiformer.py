@@ -343,9 +343,7 @@ def byte_memory(config: AGIFormerConfig) -> ByteMemory | None:
     """The memory of a model's head, as its config has it."""
     if not config.recall_heads:
         return None
-    return ByteMemory(
-        config.head_dim, config.recall_heads, config.recall_dim, config.recall_rule, config.patch_size
-    )
+    return ByteMemory(config.head_dim, config.recall_heads, config.recall_dim, config.recall_rule, config.patch_size)
 
 
 @torch.no_grad()

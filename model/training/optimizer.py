@@ -31,7 +31,8 @@ UPDATE_SIZE = 0.2
 STACKED = {"qkv": 3, "condition": 3, "recurrent": 3}
 LOCKED = "optimizer.locked."  # in a checkpoint, before the name of the parameter
 # Small, sparse or output-facing matrices: AdamW's job in Muon training.
-ADAMW_ONLY = ("embedding", "head.bytes", "head.output", "head.memory.values", "head.memory.output", "memory.gates", "halt", "router", "mixer")
+ADAMW_ONLY = ("embedding", "head.bytes", "head.output", "memory.values", "memory.output", "memory.gates", "halt")
+ADAMW_ONLY += ("router", "mixer")
 
 
 @dataclass(frozen=True)

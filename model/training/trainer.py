@@ -332,9 +332,8 @@ class Trainer:
         batch, recall = self._sampler(index).next(), self.recall[index]
         if not recall.share:
             return batch, None
-        return mix(
-            batch, recall, difficulty=self._difficulty(), seed=self.options.seed, index=self.step, rank=self.workers.rank
-        )
+        seed, rank = self.options.seed, self.workers.rank
+        return mix(batch, recall, difficulty=self._difficulty(), seed=seed, index=self.step, rank=rank)
 
     def _difficulty(self) -> float:
         """Of the tasks of this step: it rises from 0 to 1 over the first half of all steps with tasks."""

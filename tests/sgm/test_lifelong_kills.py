@@ -1,5 +1,6 @@
 """One process learns in a folder and others read; a kill at any moment loses nothing kept."""
 
+import fcntl
 import os
 import random
 import shutil
@@ -139,6 +140,22 @@ def test_the_model_that_was_given_is_left_as_it_was(tmp_path):
         lifelong.learn(TASKS[0], evaluations=40)
         assert lifelong.model is not model
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_folder_whose_maker_was_quicker_is_not_written_to(tmp_path, monkeypatch):
+    """Between opening the half-made folder and locking it, it was given its name, which then lay elsewhere again."""
+    flock, calls = fcntl.flock, []
+
+    def late(handle, how):
+        if os.path.isdir(os.readlink(f"/proc/self/fd/{handle}")) and not calls:
+            calls.append(os.rename(tmp_path / ".a.creating", tmp_path / "other"))
+        return flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    make(tmp_path / "a", small(32)).store.close()
+    assert calls
+    assert list((tmp_path / "other").iterdir()) == []
+    LifelongLearner.open(tmp_path / "a").store.close()
 
 
 # Places at which a task's process ends, by what is called there.
