@@ -130,15 +130,10 @@ class AGIFormer(nn.Module):
         """Logits [B, L, 256] of x [B, L] by the latents z [B, ceil(L / P), width] that predict its patches."""
         return self.head(z, self.previous_bytes(x), self.plasticity).flatten(1, 2)[:, : x.shape[1]]
 
-    def loss(self, x: Tensor, weights: Tensor | None = None, *, thinking_steps: int | None = None) -> Tensor:
-        """Mean cross-entropy of x [B, L] in nats per byte, a scalar; BPC is this over ln 2.
-
-        `weights` [B, L] ≥ 0 say how much each byte counts in the mean; all alike when None.
-        """
-        logits = self(x, thinking_steps=thinking_steps).flatten(0, 1)
-        if weights is None:
-            return F.cross_entropy(logits, x.flatten().long())
-        return weighted_mean(F.cross_entropy(logits, x.flatten().long(), reduction="none"), weights.flatten())
+    def loss(self, x: Tensor, *, thinking_steps: int | None = None) -> Tensor:
+        """Mean cross-entropy of x [B, L] in nats per byte, a scalar; BPC is this over ln 2."""
+        logits = self(x, thinking_steps=thinking_steps)
+        return F.cross_entropy(logits.flatten(0, 1), x.flatten().long())
 
     def start_latents(self, batch_size: int) -> Tensor:
         """What stands before the first patch: [B, 1, D], the channels of added columns included."""
