@@ -1,7 +1,8 @@
 """The words of needles in haystacks: neutral sentences, needles and their questions, in English and Turkish.
 
 Sentences contain no digit and no key word, so an answer stands in a prompt once: in its needle. `needles` are learned
-from (model.data.recall) and tested; `held_out` phrasings are only ever tested.
+from (model.data.recall) and tested; `held_out` phrasings are only ever tested. The same holds of neutral sentences:
+those of `haystack` are only ever tested, those of `asides` only learned from, and they speak of other things.
 """
 
 import random
@@ -13,35 +14,26 @@ DIGIT_KEYS = 10**KEY_BYTES
 
 
 @dataclass(frozen=True)
-class Language:
-    """Parts of sentences. `sentence` and the needles are templates over the other fields.
+class Sentences:
+    """Neutral sentences: `templates` over {subject}, {adjective}, {object}, {verb}, {place} and {time}."""
 
-    needles: (needle, question up to the answer), both over {who}, the needle also over {key}.
-    held_out: the same, in words that no task to learn from has.
-    keys: words of KEY_BYTES bytes that occur nowhere else in the language's sentences.
-    """
-
-    sentences: tuple[str, ...]
+    templates: tuple[str, ...]
     subjects: tuple[str, ...]
     adjectives: tuple[str, ...]
     objects: tuple[str, ...]
     verbs: tuple[str, ...]
     places: tuple[str, ...]
     times: tuple[str, ...]
-    who: tuple[str, ...]
-    needles: tuple[tuple[str, str], ...]
-    held_out: tuple[tuple[str, str], ...]
-    keys: tuple[str, ...]
     capital_i: str = "I"
 
-    def haystack(self, rng: random.Random) -> Iterator[str]:
+    def draw(self, rng: random.Random) -> Iterator[str]:
         """Endless sentences; one that was already used is drawn again while new ones are easy to find."""
         used = set()
         parts = ("subjects", "adjectives", "objects", "verbs", "places", "times")
         while True:
             for _ in range(20):
                 words = {part[:-1]: rng.choice(getattr(self, part)) for part in parts}
-                sentence = rng.choice(self.sentences).format(**words)
+                sentence = rng.choice(self.templates).format(**words)
                 capital = self.capital_i if sentence[0] == "i" else sentence[0].upper()
                 sentence = capital + sentence[1:]
                 if sentence not in used:
@@ -50,13 +42,32 @@ class Language:
             yield sentence
 
 
+@dataclass(frozen=True)
+class Language:
+    """What is told and asked in a language, and what is not worth remembering.
+
+    haystack: sentences around a needle that is tested.
+    asides: sentences in tasks that are learned from.
+    needles: (needle, question up to the answer), both over {who}, the needle also over {key}.
+    held_out: the same, in words that no task to learn from has.
+    keys: words of KEY_BYTES bytes that occur nowhere else in the language.
+    """
+
+    haystack: Sentences
+    asides: Sentences
+    who: tuple[str, ...]
+    needles: tuple[tuple[str, str], ...]
+    held_out: tuple[tuple[str, str], ...]
+    keys: tuple[str, ...]
+
+
 def words(text: str) -> tuple[str, ...]:
     """The words of a line."""
     return tuple(text.split())
 
 
-ENGLISH = Language(
-    sentences=(
+_ENGLISH_HAYSTACK = Sentences(
+    templates=(
         "{time} the {subject} {verb} the {adjective} {object} {place}.",
         "the {adjective} {subject} {verb} the {object} {place} {time}.",
         "{place} the {subject} {verb} the {adjective} {object}.",
@@ -98,6 +109,58 @@ ENGLISH = Language(
         "some years ago",
         "one quiet night",
     ),
+)
+
+_ENGLISH_ASIDES = Sentences(
+    templates=(
+        "{subject} {verb} {object} {place}, which was {adjective}.",
+        "nobody knew why {subject} {verb} the {adjective} {object} {time}.",
+        "{time}, {place}, {subject} {verb} another {object}.",
+        "it was {adjective} that {subject} {verb} so many {object}s {place}.",
+        "then {subject} and the others {verb} their {object}s.",
+    ),
+    subjects=(
+        *words("Peter Alice Martin Sophie Victor Laura Oscar Irene he she everybody someone mother father"),
+        *("the captain", "the judge", "the miller", "my uncle", "a stranger", "the queen", "our guest", "the clerk"),
+    ),
+    adjectives=words(
+        "late cheap certain rare warm dark clever clean sweet lively polished dangerous silent green round useful "
+        "cruel polite deep rich"
+    ),
+    objects=words(
+        "candle stone spoon pillow glove barrel statue ticket button feather blade wheel pencil map bell ribbon drawer "
+        "shovel needle cradle"
+    ),
+    verbs=words("bought hid opened burned counted followed broke washed moved found wanted lost mended praised"),
+    places=(
+        "in the kitchen",
+        "on the deck",
+        "above the clouds",
+        "at the palace",
+        "between two walls",
+        "inside the cave",
+        "far from home",
+        "along the road",
+        "by the fire",
+        "in the theatre",
+    ),
+    times=(
+        "yesterday",
+        "at midnight",
+        "in early spring",
+        "during the war",
+        "once a week",
+        "after supper",
+        "long before that",
+        "on Sunday",
+        "when it snowed",
+        "for a while",
+    ),
+)
+
+ENGLISH = Language(
+    haystack=_ENGLISH_HAYSTACK,
+    asides=_ENGLISH_ASIDES,
     who=words("Anna Robert Maria Thomas Helen Daniel Clara George"),
     needles=(
         ("The secret code of {who} is {key}.", "What is the secret code of {who}? The secret code of {who} is "),
@@ -117,8 +180,8 @@ ENGLISH = Language(
     ),
 )
 
-TURKISH = Language(
-    sentences=(
+_TURKISH_HAYSTACK = Sentences(
+    templates=(
         "{time} {subject} {place} {adjective} bir {object} {verb}.",
         "{adjective} {subject} {time} {place} bir {object} {verb}.",
         "{place} {subject} {adjective} bir {object} {verb}.",
@@ -159,6 +222,60 @@ TURKISH = Language(
         "yıllar önce",
         "sessiz bir gece",
     ),
+    capital_i="İ",
+)
+
+_TURKISH_ASIDES = Sentences(
+    templates=(
+        "{subject} {place} {object} {verb}, bu çok {adjective} idi.",
+        "{time} {subject} neden {adjective} {object} {verb}, kimse bilmiyor.",
+        "{place}, {time}, {subject} başka {object} {verb}.",
+        "{subject} ve ötekiler {time} {adjective} {object} {verb}.",
+        "hem {adjective} hem de değerli {object} {place} {subject} {verb}.",
+    ),
+    subjects=(
+        *words("Ahmet Fatma Emre Deniz Burak Selin Kerem Nur dedem annem babam herkes birisi misafir"),
+        *("genç kaptan", "yaşlı hâkim", "değirmenci", "dayım", "bir yabancı", "kraliçe", "memur", "kardeşim"),
+    ),
+    adjectives=words(
+        "ucuz nadir sıcak karanlık akıllı temiz tatlı uygun tehlikeli yeşil yuvarlak faydalı acımasız kibar derin "
+        "zengin uzun kısa serin mor"
+    ),
+    objects=words(
+        "mumu taşı kaşığı yastığı eldiveni fıçıyı heykeli bileti düğmeyi tüyü bıçağı tekerleği kalemi haritayı çanı "
+        "kurdeleyi çekmeceyi küreği iğneyi beşiği"
+    ),
+    verbs=words("sakladı açtı yaktı saydı izledi kırdı yıkadı buldu istedi kaybetti övdü getirdi bıraktı seçti"),
+    places=(
+        "mutfakta",
+        "güvertede",
+        "bulutların üzerinde",
+        "sarayda",
+        "duvarların arasında",
+        "mağaranın içinde",
+        "evden uzakta",
+        "yol boyunca",
+        "ateşin başında",
+        "tiyatroda",
+    ),
+    times=(
+        "dün",
+        "gece yarısı",
+        "ilkbaharda",
+        "savaş sırasında",
+        "haftada bir",
+        "yemekten sonra",
+        "çok önceleri",
+        "pazar günü",
+        "kar yağarken",
+        "bir süre",
+    ),
+    capital_i="İ",
+)
+
+TURKISH = Language(
+    haystack=_TURKISH_HAYSTACK,
+    asides=_TURKISH_ASIDES,
     who=words("Ayşe Mehmet Zeynep Mustafa Elif Hüseyin Gülay Çetin"),
     needles=(
         ("{who} için gizli kod {key} olarak seçildi.", "{who} için gizli kod nedir? {who} için gizli kod "),
@@ -176,7 +293,6 @@ TURKISH = Language(
         "elma kedi kuzu balo deve lale nane nota rota saat okul ordu uzay bina etek fare gemi inek kafa kova mavi "
         "moda pide sera vazo zeka yaka"
     ),
-    capital_i="İ",
 )
 
 LANGUAGES = {"en": ENGLISH, "tr": TURKISH}

@@ -6,8 +6,9 @@
     lines     assignments among the text, some of them made again: "kod = 51" … "kod? 77"
     copy      a passage of the text, and the same passage again
 
-Needles and lines stand in the row's own text, so the haystack is whatever the stage reads. Pure function of seed, step,
-rank and row, like `CropSampler`.
+Needles and lines stand in the row's own text, so the haystack is whatever the stage reads, with asides: passages of
+made-up sentences, in all languages of the needles, that are not worth remembering. A corpus of one language would teach
+that everything in another one is. Pure function of seed, step, rank and row, like `CropSampler`.
 
 Every byte has a weight in the loss: 1 for text, `answer_weight` for the bytes of an answer, which what stands before
 them decides, and 0 for the rest of a task, which nothing could predict.
@@ -32,6 +33,7 @@ from .haystack import LANGUAGES
 
 TASKS = ("needle", "update", "pairs", "lines", "copy")
 SHORTEST = 96  # bytes: the longest distance at difficulty 0
+MOST_ASIDES = 3  # passages in a row; the longest takes a quarter of it
 SPACING = 192  # bytes of a row that a needle or an assignment has to itself, with its question
 MAX_PAIRS = 256
 MIN_LENGTH = 128  # bytes of a row that a task needs
@@ -140,7 +142,8 @@ def make_row(text: bytes, task: str, options: RecallOptions, difficulty: float, 
     if task == "copy":
         return _copy(text, difficulty, rng)
     events = _lines(L, difficulty, rng) if task == "lines" else _needles(L, task, options.languages, difficulty, rng)
-    return _Writer(task, L).among(text, events).row()
+    text, asides = _with_asides(text, options.languages, rng)
+    return _Writer(task, L).among(text, events, asides).row()
 
 
 # ── what is told and asked ───────────────────────────────────────────────────────────────────────────────────────
@@ -176,11 +179,11 @@ def _needles(L: int, task: str, languages, difficulty: float, rng: random.Random
     known, facts = set(), []
     for _ in range(count):
         language = LANGUAGES[rng.choice(languages)]
-        which = rng.randrange(len(language.needles))
+        phrasing = rng.choice(language.needles)
         who = rng.choice(language.who) if rng.random() < 0.3 else name(rng)
-        if (which, language.capital_i, who) not in known:
-            known.add((which, language.capital_i, who))
-            facts.append((language.needles[which], who, key(language.keys, rng)))
+        if (phrasing, who) not in known:
+            known.add((phrasing, who))
+            facts.append((phrasing, who, key(language.keys, rng)))
 
     def tell(i: int, told: str | None = None) -> _Piece:
         (statement, _), who, value = facts[i]
@@ -200,6 +203,22 @@ def _needles(L: int, task: str, languages, difficulty: float, rng: random.Random
                 if earlier > 0:
                     events.append((earlier, tell(i, key(LANGUAGES["en"].keys, rng))))
     return events
+
+
+def _with_asides(text: bytes, languages, rng: random.Random) -> tuple[bytes, list[tuple[int, int]]]:
+    """Text with asides in the place of some of it, and where they are. Lengths are drawn evenly in the logarithm."""
+    L, spans = len(text), []
+    for _ in range(rng.randint(0, MOST_ASIDES)):
+        size = math.exp(rng.uniform(math.log(MIN_LENGTH / 2), math.log(max(MIN_LENGTH, L / 4))))
+        sentences, passage = LANGUAGES[rng.choice(languages)].asides.draw(rng), b" "
+        while len(passage) < size:
+            passage += next(sentences).encode() + b" "
+        start = rng.randrange(L)
+        stop = start + len(passage)
+        if stop <= L and all(stop <= a or b <= start for a, b in spans):
+            text = text[:start] + passage + text[stop:]
+            spans.append((start, stop))
+    return text, spans
 
 
 def _lines(L: int, difficulty: float, rng: random.Random) -> list[tuple[float, _Piece]]:
@@ -288,18 +307,28 @@ class _Writer:
             self.insert(piece.after)
         return self
 
-    def among(self, text: bytes, events: list[tuple[float, _Piece]]) -> _Writer:
+    def among(self, text: bytes, events: list[tuple[float, _Piece]], asides: list[tuple[int, int]]) -> _Writer:
         """Pieces at their places in the row, where a word ends if one does nearby; text between them."""
         read = 0
+
+        def upto(end: int) -> None:
+            for start, stop in asides:
+                if start < end and read < stop:
+                    at = self.size - read
+                    self.inserted.append((at + max(start, read), at + min(stop, end)))
+            self.text(text[read:end])
+
         for at, piece in sorted(events, key=lambda event: event[0]):
             if self.size >= self.L:
                 break
             end = read + max(0, round(at) - self.size)
             space = text.find(b" ", end, end + 24)
             end = min(space if space >= 0 else end, len(text))
-            self.text(text[read:end]).write([piece])
+            upto(end)
+            self.write([piece])
             read = end
-        return self.text(text[read:])
+        upto(len(text))
+        return self
 
     def row(self) -> Row:
         data, L = b"".join(self.parts)[: self.L], self.L

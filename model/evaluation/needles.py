@@ -104,7 +104,7 @@ def _make_needle(length: int, depth: float, name: str, turn: int, rng: random.Ra
     needle, asked = before + key.encode() + after + b" ", question.format(who=who).encode()
     room = length - len(needle) - len(asked)
     start = round(depth * room)
-    sentences = language.haystack(rng)
+    sentences = language.haystack.draw(rng)
     prompt = _fill(sentences, start) + needle + _fill(sentences, room - start) + asked
     at = start + len(before)
     return Needle(prompt, key.encode(), depth, start, at, length - len(asked), name, held_out, chance)

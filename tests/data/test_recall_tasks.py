@@ -26,9 +26,10 @@ def batch(rows: int = 8, length: int = 1024) -> torch.Tensor:
     return torch.stack([torch.tensor(list(text(length, seed)), dtype=torch.uint8) for seed in range(rows)])
 
 
-def rows(task: str, length: int, difficulty: float, count: int = 40):
+def rows(task: str, length: int, difficulty: float, count: int = 40, options: RecallOptions = ALL):
     return [
-        make_row(text(length, seed), task, ALL, difficulty, random.Random(f"{task}/{seed}")) for seed in range(count)
+        make_row(text(length, seed), task, options, difficulty, random.Random(f"{task}/{seed}"))
+        for seed in range(count)
     ]
 
 
@@ -72,6 +73,26 @@ def test_the_last_value_told_is_the_answer():
                             assert told[-1]["key"].encode() == row.data[start:stop]
                         assert row.data[start:stop].decode() == told[-1]["key"][: stop - start]
     assert seen > 300 and updated > 50
+
+
+@pytest.mark.parametrize("task", ["needle", "update", "lines"])
+def test_asides_stand_in_the_haystack_and_count_as_nothing(task):
+    told = {name: set() for name in LANGUAGES}
+    many = rows(task, 8192, 1.0)
+    for row in many:
+        weights, text = row.weights(8.0), row.data.decode(errors="replace")
+        for name, language in LANGUAGES.items():
+            for verb in language.asides.verbs:
+                for match in re.finditer(rf" {verb}[ .,]", text):
+                    at = len(text[: match.start()].encode())
+                    if (weights[at : at + 4] == 0).all():
+                        told[name].add(verb)
+    # The row's own text has none of these words.
+    assert all(len(told[name]) == len(language.asides.verbs) for name, language in LANGUAGES.items())
+    # What is told in the middle of an aside parts it.
+    assert 400 < max(stop - start for row in many for start, stop in row.inserted) < 8192 / 4 + 256
+    english = RecallOptions(1.0, languages=("en",))
+    assert not any(b"bilmiyor" in row.data for row in rows(task, 8192, 1.0, options=english))
 
 
 def _pattern(template: str, who: str | None = None) -> str:
@@ -129,11 +150,12 @@ def test_weights_are_of_text_answers_and_the_rest():
         assert set(weights.unique().tolist()) <= {0.0, 1.0, 5.0}
         assert torch.equal(is_text(weights), (weights == 1).float())
         for row in range(4, 8):
-            # What is text is the row's own, in order.
-            kept = bytes(mixed[row][weights[row] == 1].tolist())
-            source = bytes(x[row].tolist())
-            if weights[row].min() == 0 and b"\n>> " not in bytes(mixed[row].tolist()):
-                assert source.startswith(kept)
+            # What is text is the row's own, in order; asides stand in its place.
+            data, own, at = bytes(mixed[row].tolist()), bytes(x[row].tolist()), 0
+            if weights[row].min() == 0 and b"\n>> " not in data:
+                for run in re.finditer(b"1+", bytes(48 + int(weight == 1) for weight in weights[row])):
+                    part = data[slice(*run.span())]
+                    at = own.index(part, at) + len(part)
         assert (weights[4:] != 1).any(1).sum() >= 3
 
 
