@@ -49,6 +49,12 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument(
         "--recall", type=float, metavar="SHARE", help="of rows that get recall tasks (default: as the curriculum says)"
     )
+    how.add_argument(
+        "--write-price",
+        type=float,
+        metavar="NATS",
+        help="a byte, of writing everything into the byte memory, once there are tasks (default: 4)",
+    )
 
     petals = parser.add_argument_group("petals and growth (docs/petals.md, docs/growth.md)")
     petals.add_argument("--hull", help="kind of the petals: convex or swiglu (default: convex)")

@@ -99,13 +99,21 @@ class AGIFormer(nn.Module):
             raise ValueError(f"plasticity={alpha!r}: accepted is a number from 0 to 1")
         self.plasticity.fill_(alpha)
 
-    def forward(self, x: Tensor, *, thinking_steps: int | None = None, halt_threshold: float | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        thinking_steps: int | None = None,
+        halt_threshold: float | None = None,
+        writes: list[Tensor] | None = None,
+    ) -> Tensor:
         """Logits aligned with their input: `logits[:, t]` predicts `x[:, t]` from `x[:, :t]`.
 
         Args:
             x: [B, L] bytes as any integer type, L ≥ 1.
             thinking_steps: K for this call; the configured number when None.
             halt_threshold: see RecurrentReasoningBlock; None in training.
+            writes: see `read_out`.
 
         Returns:
             [B, L, 256] float32.
@@ -113,7 +121,7 @@ class AGIFormer(nn.Module):
         self._check_bytes(x)
         z, _ = self.trunk(self.latents(x))
         z = self.think(z, thinking_steps, halt_threshold)
-        return self.read_out(z, x)
+        return self.read_out(z, x, writes)
 
     def latents(self, x: Tensor) -> Tensor:
         """What enters the trunk: x [B, L] → [B, ceil(L / P), width]. Position i has read the patches before patch i."""
@@ -126,9 +134,12 @@ class AGIFormer(nn.Module):
             latents = torch.cat([latents.to(rest.dtype), rest], 1)
         return latents
 
-    def read_out(self, z: Tensor, x: Tensor) -> Tensor:
-        """Logits [B, L, 256] of x [B, L] by the latents z [B, ceil(L / P), width] that predict its patches."""
-        return self.head(z, self.previous_bytes(x), self.plasticity).flatten(1, 2)[:, : x.shape[1]]
+    def read_out(self, z: Tensor, x: Tensor, writes: list[Tensor] | None = None) -> Tensor:
+        """Logits [B, L, 256] of x [B, L] by the latents z [B, ceil(L / P), width] that predict its patches.
+
+        To `writes`, if given, the byte memory's writing strengths [B, H, P · ceil(L / P)] are appended.
+        """
+        return self.head(z, self.previous_bytes(x), writes).flatten(1, 2)[:, : x.shape[1]]
 
     def loss(self, x: Tensor, *, thinking_steps: int | None = None) -> Tensor:
         """Mean cross-entropy of x [B, L] in nats per byte, a scalar; BPC is this over ln 2."""
@@ -338,7 +349,7 @@ def byte_memory(config: AGIFormerConfig) -> ByteMemory | None:
     """The memory of a model's head, as its config has it."""
     if not config.recall_heads:
         return None
-    return ByteMemory(config.head_dim, config.recall_heads, config.recall_dim, config.recall_rule, config.patch_size)
+    return ByteMemory(config.head_dim, config.recall_heads, config.recall_dim, config.recall_rule, config.recall_span)
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ class AGIFormerConfig:
     head_dim: int = 512  # width of the GRU that writes the bytes of a patch
     recall_heads: int = 0  # heads of the byte head's own fast weights; 0 is none
     recall_dim: int = 64  # width of such a head
+    recall_span: int = 4  # bytes that such a head writes at once
     recall_rule: str = "delta"  # how they are written: "delta" or "hebbian"
     rope_base: float = 10_000.0  # wavelength scale of the rotary phases, in patches
     plasticity: float = 0.99  # α before a curriculum sets it
@@ -123,6 +124,7 @@ _INTEGER_RANGES = (
     ("head_dim", 8, 16384),
     ("recall_heads", 0, 256),
     ("recall_dim", 1, 1024),
+    ("recall_span", 1, 64),
 )
 _FLOAT_RANGES = (("rope_base", 1.0, 1e12), ("plasticity", 0.0, 1.0))
 

@@ -122,7 +122,7 @@ class ByteStream:
         memory = self.model.head.memory
         if memory is None or not hidden.shape[1]:
             return None
-        recalled, self._recall = memory(hidden, previous, self.model.plasticity, self._recall)
+        recalled, self._recall = memory(hidden, previous, self._recall)
         self._recalled = recalled[:, -1]
         return recalled
 

@@ -1,10 +1,10 @@
-"""ByteMemory: fast weights over bytes, from a context to the byte that followed it; always in float32.
+"""ByteMemory: fast weights over bytes, from a context to the bytes that followed it; always in float32.
 
 The blocks' fast weights see patches, and a text repeats itself at any byte: what stood at one place of a patch comes
 back at another. Here every byte's context is the state of the byte head before it, wherever in its patch it stands.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -13,109 +13,136 @@ from torch import Tensor, nn
 from model.kernels import hebbian
 from model.layers.norm import rms_norm
 
-SHORTEST, LONGEST = 256.0, 262_144.0  # bytes: the heads' memory lengths 1 / (1 − λ) at initialisation
+NONE = 256  # as a byte: none yet
 
 
 @dataclass
 class ByteMemoryState:
-    """The fast weights M [B, H, E, E], their normaliser z [B, H, E], and the key [B, H, E] of the byte read last."""
+    """What a stream goes on from, N being the span.
+
+    Attributes:
+        M, z: the fast weights [B, H, E, E] and their normaliser [B, H, E].
+        keys: [B, H, N, E] of the contexts before the last N bytes; 0 where there is none.
+        bytes: [B, N − 1] the bytes before the last one, NONE where there is none.
+        reads: [B, N − 1, H · E] of the contexts before them.
+    """
 
     M: Tensor
     z: Tensor
-    key: Tensor
+    keys: Tensor
+    bytes: Tensor
+    reads: Tensor
 
     def clone(self) -> "ByteMemoryState":
-        return ByteMemoryState(self.M.clone(), self.z.clone(), self.key.clone())
+        return ByteMemoryState(*(tensor.clone() for tensor in self.tensors()))
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the state."""
-        return [self.M, self.z, self.key]
+        return [getattr(self, field.name) for field in fields(self)]
 
 
 class ByteMemory(nn.Module):
-    """Associates each context with the byte that followed it, and votes for what followed the like of this one.
+    """Associates each context with the N bytes that followed it, and votes for what followed the like of this one.
 
-    With h_t the head's state that predicts byte t, and v its byte's embedding::
+    With h_t the head's state that predicts byte t, and v_j an embedding of a byte for each place j of a span::
 
-        write   key(h_{t−1}) → v(x_{t−1})      with strength β(h_t) in [0, 1], once byte t − 1 has been read
-        read    query(h_t)                     → logits of byte t
+        write   key(h_{t−N}) → Σ_j v_j(x_{t−N+j}) / √N     with strength β(h_t) in [0, 1], once byte t − 1 is read
+        read    r_t = query(h_t) M
+        vote    Σ_j W_j r_{t−j}                            → logits of byte t, j = 0 … N − 1
 
     A cache of contexts and what followed them (Grave et al. 2017), of fixed size, as fast weights (Schlag et al. 2021)
     under the gated delta rule: the last value of a key counts. Keys and queries begin as the same projection, so that
-    a context recalls its like before anything has been learned. β reaches exactly 0 and 1 (a stretched sigmoid, as in
-    Louizos et al. 2018): what is not written cannot wear off what was, over any distance.
+    a context recalls its like before anything has been learned. A span is written at once, so that a fact takes one
+    key and not one for each of its bytes, and its later bytes follow from the question and not from each other.
+
+    β reaches exactly 0 and 1 (a stretched sigmoid, as in Louizos et al. 2018): what is not written cannot wear off
+    what was, over any distance. What plasticity forgets in the blocks stays here: its lengths are their own.
 
     Args:
         head_dim: width of h.
         heads, dim: H and E.
         rule: "delta" or "hebbian", as in `HebbianMemory`.
-        patch_size: P; plasticity α is forgotten by per patch, as in the blocks: α^(1/P) a byte.
+        span: N.
     """
 
     STRETCH = 0.05  # β = clip((1 + 2 s) sigmoid − s, 0, 1)
+    LENGTH = 2.0**20  # bytes: 1 / (1 − λ) at initialisation
 
-    def __init__(self, head_dim: int, heads: int, dim: int, rule: str, patch_size: int):
+    def __init__(self, head_dim: int, heads: int, dim: int, rule: str, span: int):
         super().__init__()
-        self.heads, self.rule, self.patch_size = heads, rule, patch_size
+        self.heads, self.rule, self.span = heads, rule, span
         self.queries = nn.Linear(head_dim, heads * dim, bias=False)
         self.keys = nn.Linear(head_dim, heads * dim, bias=False)
-        self.values = nn.Embedding(257, heads * dim)  # of the byte before; 256 is "none yet", whose key is 0
+        self.values = nn.Embedding(257 * span, heads * dim)  # place j of a span: from row 257 j on; NONE has a row
         self.gates = nn.Linear(head_dim, 3 * heads)  # decay, writing strength, reading strength
-        self.output = nn.Linear(heads * dim, 256, bias=False)
+        self.output = nn.Linear(span * heads * dim, 256, bias=False)
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Keys are queries; nothing is said yet; memory lengths evenly in the logarithm; half strength."""
+        """Keys are queries; nothing is said yet; nearly nothing is forgotten; half strength."""
         self.keys.weight.copy_(self.queries.weight)
         self.output.weight.zero_()
         self.gates.weight.zero_()
         self.gates.bias.zero_()
-        lengths = torch.logspace(0, 1, self.heads, base=LONGEST / SHORTEST) * SHORTEST
-        self.gates.bias[: self.heads] = torch.log(lengths - 1)
+        self.gates.bias[: self.heads] = torch.tensor(self.LENGTH - 1).log()
 
     def forward(
         self,
         hidden: Tensor,
         previous: Tensor,
-        plasticity: Tensor,
         state: ByteMemoryState | None = None,
+        writes: list[Tensor] | None = None,
         impl: str = "auto",
     ) -> tuple[Tensor, ByteMemoryState]:
         """One read for every byte, and the writes that lie before it.
 
         Args:
-            hidden: [B, L, head_dim], states that predict each byte, of any float type.
-            previous: [B, L] the byte before each, 256 for none.
-            plasticity: α, a scalar tensor in [0, 1].
+            hidden: [B, L, head_dim], states that predict each byte, of any float type; L ≥ 1.
+            previous: [B, L] the byte before each, NONE for none.
+            writes: if given, the writing strengths β [B, H, L] are appended to it.
 
         Returns:
             What is added to the logits [B, L, 256], and the state; float32, or float64 for a float64 model.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             dtype = torch.promote_types(hidden.dtype, torch.float32)
+            L, N = hidden.shape[1], self.span
             h = rms_norm(hidden.to(dtype))
             q, k = (self._heads(F.linear(h, linear.weight.to(dtype))) for linear in (self.queries, self.keys))
-            v = self._heads(F.embedding(previous.long(), self.values.weight.to(dtype)))
             gates = F.linear(h, self.gates.weight.to(dtype), self.gates.bias.to(dtype)).transpose(1, 2)
             decay, write, read = gates.split(self.heads, 1)
-            log_decay = plasticity.to(dtype).log() / self.patch_size + F.logsigmoid(decay)
+            log_decay = F.logsigmoid(decay)
             beta = ((1 + 2 * self.STRETCH) * write.sigmoid() - self.STRETCH).clamp(0, 1)
+            if writes is not None:
+                writes.append(beta)
             if self.rule == "delta":
                 q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             else:
                 q, k = F.elu(q) + 1, F.elu(k) + 1
-            # What is written at a byte is the context before the byte before it.
-            last = k.new_zeros(k[:, :, 0].shape) if state is None else state.key.to(dtype)
-            written = torch.cat([last.unsqueeze(2), k[:, :, :-1]], 2)
-            carried = None if state is None else (state.M, state.z)
+            if state is None:
+                keys = F.pad(k, (0, 0, N, 0))
+                seen = F.pad(previous.long(), (N - 1, 0), value=NONE)
+                carried = None
+            else:
+                keys = torch.cat([state.keys.to(dtype), k], 2)
+                seen = torch.cat([state.bytes, previous.long()], 1)
+                carried = (state.M, state.z)
+            # What is written at a byte is the context before the span that ends with the byte before it.
+            written, v = keys[:, :, :L], self._heads(self._values(seen, L, dtype))
             if self.rule == "delta":
                 out, (M, z) = hebbian(q, written, v, log_decay, beta=beta, state=carried, impl=impl)
             else:
-                written = written * beta.unsqueeze(-1)
-                out, (M, z) = hebbian(q, written, v, log_decay, state=carried, impl=impl)
-            out = out * (2 * read.sigmoid()).unsqueeze(-1)
-            logits = F.linear(out.transpose(1, 2).flatten(2), self.output.weight.to(dtype))
-            return logits, ByteMemoryState(M, z, k[:, :, -1])
+                out, (M, z) = hebbian(q, written * beta.unsqueeze(-1), v, log_decay, state=carried, impl=impl)
+            out = (out * (2 * read.sigmoid()).unsqueeze(-1)).transpose(1, 2).flatten(2)
+            reads = F.pad(out, (0, 0, N - 1, 0)) if state is None else torch.cat([state.reads.to(dtype), out], 1)
+            spans = torch.cat([reads[:, N - 1 - j : N - 1 - j + L] for j in range(N)], -1)
+            logits = F.linear(spans, self.output.weight.to(dtype))
+            return logits, ByteMemoryState(M, z, keys[:, :, L:], seen[:, L:], reads[:, L:])
+
+    def _values(self, seen: Tensor, L: int, dtype: torch.dtype) -> Tensor:
+        """Bytes [B, N − 1 + L] → what each span of N of them is written as, [B, L, H · E]."""
+        table, N = self.values.weight.to(dtype), self.span
+        return sum(F.embedding(seen[:, j : j + L] + 257 * j, table) for j in range(N)) / N**0.5
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, L, H · E] → [B, H, L, E]."""

@@ -74,14 +74,13 @@ class LocalAutoregressiveHead(nn.Module):
             states.append(hidden)
         return torch.stack(states, 2)
 
-    def forward(self, latents: Tensor, previous: Tensor, plasticity: Tensor | None = None) -> Tensor:
-        """Teacher-forced, from the start of a text: latents [B, T, D], previous [B, T, P] the byte before each byte,
-        α of the memory (1 when None) → logits [B, T, P, 256]."""
+    def forward(self, latents: Tensor, previous: Tensor, writes: list[Tensor] | None = None) -> Tensor:
+        """Teacher-forced, from the start of a text: latents [B, T, D], previous [B, T, P] the byte before each byte →
+        logits [B, T, P, 256]. To `writes`, if given, the memory's writing strengths [B, H, T · P] are appended."""
         hidden = self.states(latents, previous)
         logits = self.logits(hidden)
         if self.memory is not None:
-            plasticity = hidden.new_ones(()) if plasticity is None else plasticity
-            recalled, _ = self.memory(hidden.flatten(1, 2), previous.flatten(1), plasticity)
+            recalled, _ = self.memory(hidden.flatten(1, 2), previous.flatten(1), writes=writes)
             logits = logits + recalled.view_as(logits)
         return logits
 

@@ -211,10 +211,13 @@ class Genesis:
 
     # ── the step's lines ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def losses(self, x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, x: Tensor, weights: Tensor | None = None, writes: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x [B, L] → the main loss in nats per byte, and what is to be minimised: it and the weighted replay loss.
 
         With weights [B, L] the main loss is that of the text, and what is minimised counts each byte as they say.
+        `writes` as in `AGIFormer.read_out`, of all rows that are read.
         """
         model, stage = self.model, int(self.stage)
         rehearses = self.memory is not None and self.memory.past(stage) > 0
@@ -242,7 +245,7 @@ class Genesis:
         if self.options.watches:
             self._counts = self._positions_that_count(blocked)
         z, _ = model.trunk(model.latents(x if joined is not None else rows), visit=visit)
-        logits = model.read_out(model.think(z), rows)
+        logits = model.read_out(model.think(z), rows, writes)
         each = F.cross_entropy(logits.flatten(0, 1), rows.flatten().long(), reduction="none").view(len(rows), -1)
         # One mean over all bytes, as in `model.loss`: a mean of means would round the gradients otherwise.
         loss = each[:B].mean() if weights is None else weighted_mean(each[:B], is_text(weights))

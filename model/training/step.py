@@ -28,6 +28,10 @@ class TrainingStep:
         clip_norm: largest gradient norm.
         graph: capture the step on CUDA after a few eager ones, again for every new batch shape.
         genesis: its mechanisms; None for plain training.
+        priced: whether writing into the byte memory costs something.
+
+    Attributes:
+        write_price: what is minimised has this times the mean of all writing strengths added; a device scalar.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class TrainingStep:
         graph: bool = False,
         workers: Workers | None = None,
         genesis: Genesis | None = None,
+        priced: bool = False,
     ):
         self.genesis = genesis
         self.model = model
@@ -49,6 +54,8 @@ class TrainingStep:
         self.device = model.start.device
         self.workers = workers or Workers()
         self.graph = graph and self.device.type == "cuda"
+        self.priced = priced and model.head.memory is not None
+        self.write_price = torch.zeros((), device=self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
         self._shape: tuple[int, ...] | None = None
         self._captured: torch.cuda.CUDAGraph | None = None
@@ -104,14 +111,15 @@ class TrainingStep:
 
     def _step(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         model, optimizer, scaler, genesis = self.model, self.optimizer, self.scaler, self.genesis
+        writes = [] if self.priced else None
         optimizer.zero_grad()
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             if genesis is not None:
-                loss, total = genesis.losses(x, weights)  # 1. main loss; 2. replay loss, balanced
-            elif weights is None:
-                loss = total = model.loss(x)  # 1. main loss
+                loss, total = genesis.losses(x, weights, writes)  # 1. main loss; 2. replay loss, balanced
             else:
-                loss, total = text_and_task_loss(model, x, weights)  # 1. main loss, answers counting more
+                loss, total = main_losses(model, x, weights, writes)  # 1. main loss, answers counting more
+        if writes:
+            total = total + self.write_price * writes[0].mean()
         scaler.scale(total).backward()  # 4. backward,
         self.workers.average_(optimizer.grads)
         scaler.unscale_(optimizer)  #    unscale
@@ -145,7 +153,15 @@ class TrainingStep:
             self.scaler.load_state_dict(saved)
 
 
-def text_and_task_loss(model: AGIFormer, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B, L], weights [B, L] → the mean loss of its text, for the record, and the weighted one, to be minimised."""
-    each = F.cross_entropy(model(x).flatten(0, 1), x.flatten().long(), reduction="none").view(x.shape)
+def main_losses(
+    model: AGIFormer, x: Tensor, weights: Tensor | None, writes: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [B, L], weights [B, L] or None for all alike → the mean loss of its text, for the record, and the weighted one,
+    to be minimised. `writes` as in `AGIFormer.read_out`."""
+    if weights is None and writes is None:
+        loss = model.loss(x)
+        return loss, loss
+    each = F.cross_entropy(model(x, writes=writes).flatten(0, 1), x.flatten().long(), reduction="none").view(x.shape)
+    if weights is None:
+        return each.mean().detach(), each.mean()
     return weighted_mean(each.detach(), is_text(weights)), weighted_mean(each, weights)

@@ -173,6 +173,7 @@ class Trainer:
             graph=self.graph,
             workers=self.workers,
             genesis=self.genesis,
+            priced=options.write_price > 0 and any(recall.share for recall in self.recall),
         )
         self.crystallization = Crystallization(self.model, options.crystallization)
 
@@ -321,6 +322,9 @@ class Trainer:
             # follows from the step keeps workers and resumed runs apart from such histories.
             self._seed_cpu(self.workers.rank)
         self.model.set_plasticity(self.curriculum.stages[index].plasticity)
+        if self.training_step.priced:
+            # A memory that costs before it is of use would never be written into.
+            self.training_step.write_price.fill_(self.options.write_price * self._difficulty())
         batch, weights = self._batch(index)
         if self.device.type == "cuda":
             batch, weights = (each if each is None else each.pin_memory() for each in (batch, weights))

@@ -5,16 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from model.agiformer import initialise
-from model.layers.byte_memory import LONGEST, SHORTEST, ByteMemory
+from model.layers.byte_memory import ByteMemory
 from model.layers.head import BEGIN
 from tests.conftest import make_random_model
 
-WIDTH, HEADS, DIM, PATCH = 24, 3, 8, 4
+WIDTH, HEADS, DIM = 24, 3, 8
 
 
-def make(rule: str = "delta", seed: int = 0, gates: float = 2.0) -> ByteMemory:
+def make(rule: str = "delta", seed: int = 0, gates: float = 2.0, span: int = 4, dim: int = DIM) -> ByteMemory:
     torch.manual_seed(seed)
-    memory = ByteMemory(WIDTH, HEADS, DIM, rule, PATCH)
+    memory = ByteMemory(WIDTH, HEADS, dim, rule, span)
     initialise(memory)
     with torch.no_grad():
         memory.keys.weight.normal_(std=WIDTH**-0.5)
@@ -31,62 +31,69 @@ def stream(length: int, seed: int = 1, rows: int = 2):
     return hidden, previous
 
 
-def reference(memory: ByteMemory, hidden, previous, alpha: float):
-    """The formula, byte by byte, in float64."""
+def reference(memory: ByteMemory, hidden, previous):
+    """The formula, byte by byte, in float64; x[t] is the byte that hidden[t] predicts."""
     w = {name: p.detach().double() for name, p in memory.named_parameters()}
     rows, length, _ = hidden.shape
+    N, s = memory.span, memory.STRETCH
     logits = torch.zeros(rows, length, 256, dtype=torch.float64)
     for row in range(rows):
+        x = previous[row, 1:].tolist()
         for h in range(HEADS):
             part = slice(h * DIM, (h + 1) * DIM)
             M, z = torch.zeros(DIM, DIM, dtype=torch.float64), torch.zeros(DIM, dtype=torch.float64)
-            key = None
+            keys, reads = [], []
             for t in range(length):
                 u = hidden[row, t].double()
                 u = u / (u.square().mean() + 1e-6).sqrt()
                 q, k = w["queries.weight"][part] @ u, w["keys.weight"][part] @ u
                 gates = w["gates.weight"] @ u + w["gates.bias"]
                 decay, write, read = gates[h], gates[HEADS + h], gates[2 * HEADS + h]
-                decay = alpha ** (1 / PATCH) * torch.sigmoid(decay)
-                s = memory.STRETCH
                 beta = ((1 + 2 * s) * torch.sigmoid(write) - s).clamp(0, 1)
-                v = w["values.weight"][previous[row, t], part]
                 if memory.rule == "delta":
                     q, k = q / q.norm(), k / k.norm()
                 else:
                     q, k = F.elu(q) + 1, F.elu(k) + 1
-                M, z = decay * M, decay * z
-                if key is not None and memory.rule == "delta":
-                    M = M + beta * torch.outer(key, v - key @ M)
-                elif key is not None:
-                    M, z = M + beta * torch.outer(key, v), z + beta * key
+                M, z = torch.sigmoid(decay) * M, torch.sigmoid(decay) * z
+                if t >= N:
+                    value = sum(w["values.weight"][257 * j + x[t - N + j], part] for j in range(N)) / N**0.5
+                    key = keys[t - N]
+                    if memory.rule == "delta":
+                        M = M + beta * torch.outer(key, value - key @ M)
+                    else:
+                        M, z = M + beta * torch.outer(key, value), z + beta * key
                 out = q @ M if memory.rule == "delta" else q @ M / (q @ z + 1e-6)
-                logits[row, t] += w["output.weight"][:, part] @ (2 * torch.sigmoid(read) * out)
-                key = k
+                keys.append(k)
+                reads.append(2 * torch.sigmoid(read) * out)
+                for j in range(min(N, t + 1)):
+                    # The first block of columns is of the read at the byte itself.
+                    columns = slice(j * HEADS * DIM + h * DIM, j * HEADS * DIM + (h + 1) * DIM)
+                    logits[row, t] += w["output.weight"][:, columns] @ reads[t - j]
     return logits
 
 
 @pytest.mark.parametrize("rule", ["delta", "hebbian"])
-@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
-def test_it_is_the_formula_in_float64(rule, alpha):
-    memory = make(rule)
+@pytest.mark.parametrize("span", [1, 2, 4, 7])
+def test_it_is_the_formula_in_float64(rule, span):
+    memory = make(rule, span=span)
     hidden, previous = stream(90)
-    found, _ = memory(hidden, previous, torch.tensor(alpha))
-    expected = reference(memory, hidden, previous, alpha)
+    found, _ = memory(hidden, previous)
+    expected = reference(memory, hidden, previous)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
-    assert expected[:, 1:].abs().max() > 0.5
+    assert expected[:, span:].abs().max() > 0.5 and (expected[:, :span] == 0).all()
 
 
 @pytest.mark.parametrize("rule", ["delta", "hebbian"])
-@pytest.mark.parametrize("cuts", [(1,), (2, 3, 40), (64,), (65, 66)])
-def test_a_state_carries_it_across_any_split(rule, cuts):
-    memory = make(rule)
+@pytest.mark.parametrize("span", [1, 4])
+@pytest.mark.parametrize("cuts", [(1,), (2, 3, 40), (64,), (65, 66, 67, 68, 69, 70)])
+def test_a_state_carries_it_across_any_split(rule, span, cuts):
+    memory = make(rule, span=span)
     hidden, previous = stream(100)
-    whole, end = memory(hidden, previous, torch.tensor(0.9))
+    whole, end = memory(hidden, previous)
     state, parts = None, []
     for start, stop in zip((0, *cuts), (*cuts, 100)):
         before = None if state is None else state.clone()
-        part, after = memory(hidden[:, start:stop], previous[:, start:stop], torch.tensor(0.9), state)
+        part, after = memory(hidden[:, start:stop], previous[:, start:stop], state)
         if before is not None:  # a state is replaced, not written into
             assert all(torch.equal(a, b) for a, b in zip(before.tensors(), state.tensors()))
         state = after
@@ -96,20 +103,29 @@ def test_a_state_carries_it_across_any_split(rule, cuts):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_before_anything_is_learned_a_context_recalls_what_followed_it():
-    """As it is made, only its votes are zero: given an output, the same state gives the byte that followed."""
-    memory = make()
+@pytest.mark.parametrize("span", [1, 4])
+def test_before_anything_is_learned_a_context_recalls_what_followed_it(span):
+    """As it is made, only its votes are zero: given an output, the same state gives the bytes that followed."""
+    memory = make(span=span, dim=48)
     initialise(memory)
     assert torch.equal(memory.keys.weight, memory.queries.weight)
-    hidden, previous = stream(12)
-    assert (memory(hidden, previous, torch.tensor(1.0))[0] == 0).all()
+    hidden, previous = stream(18)
+    assert (memory(hidden, previous)[0] == 0).all()
     with torch.no_grad():
-        memory.output.weight.copy_(memory.values.weight[:256] / DIM)
-        memory.gates.bias[:HEADS] = 20.0  # forgets nothing
+        for j in range(span):
+            # The vote for place j of a span: from the read j bytes ago, by the embeddings of that place.
+            columns = slice(j * memory.values.embedding_dim, (j + 1) * memory.values.embedding_dim)
+            memory.output.weight[:, columns] = memory.values.weight[257 * j : 257 * j + 256]
         memory.gates.bias[HEADS : 2 * HEADS] = 20.0  # writes everything, fully
-    hidden[:, 10] = hidden[:, 6]  # a context comes again, that byte previous[:, 7] followed
-    found, _ = memory(hidden, previous, torch.tensor(1.0))
-    assert torch.equal(found[:, 10].argmax(-1), previous[:, 7])
+        memory.gates.bias[2 * HEADS :] = -200.0  # and reads nothing but at byte 12
+        memory.gates.weight[2 * HEADS :] = 0
+    hidden[:, 12] = hidden[:, 6]  # a context comes again, that bytes previous[:, 7:] followed
+    h = torch.nn.functional.rms_norm(hidden[0, 12], (WIDTH,))
+    with torch.no_grad():
+        memory.gates.weight[2 * HEADS :] = 400 * h / h.square().sum()
+    found, _ = memory(hidden, previous)
+    for j in range(span):
+        assert found[0, 12 + j].argmax() == previous[0, 7 + j], j
 
 
 def test_what_is_not_written_wears_nothing_off():
@@ -118,31 +134,45 @@ def test_what_is_not_written_wears_nothing_off():
     with torch.no_grad():
         memory.gates.bias[:HEADS] = 200.0
     hidden, previous = stream(50)
-    _, state = memory(hidden, previous, torch.tensor(1.0))
+    _, state = memory(hidden, previous)
     with torch.no_grad():
         memory.gates.bias[HEADS : 2 * HEADS] = -5.0  # where the stretched sigmoid is below 0
     hidden, previous = stream(2000, seed=2)
-    _, later = memory(hidden, previous, torch.tensor(1.0), state)
+    _, later = memory(hidden, previous, state)
     assert torch.equal(later.M, state.M)
-    assert not torch.equal(later.key, state.key)
+    assert not torch.equal(later.keys, state.keys)
 
 
-def test_memory_lengths_and_plasticity():
-    memory = ByteMemory(WIDTH, HEADS, DIM, "delta", PATCH)
-    initialise(memory)
-    lengths = 1 / (1 - memory.gates.bias[:HEADS].sigmoid().double())
-    expected = torch.tensor([SHORTEST, (SHORTEST * LONGEST) ** 0.5, LONGEST]).double()
-    torch.testing.assert_close(lengths, expected, rtol=0.05, atol=0)
-    # At α = 0 a byte is voted for by the one before it alone.
+def test_its_lengths_are_long_and_not_those_of_plasticity():
+    model = make_random_model()
+    initialise(model.head.memory)
+    lengths = 1 / (1 - model.head.memory.gates.bias[:2].sigmoid().double())
+    torch.testing.assert_close(lengths, torch.full((2,), 2.0**20).double(), rtol=0.1, atol=0)
+    x = torch.randint(0, 256, (1, 40))
+    hidden = model.head.states(torch.randn(1, 10, 32), model.previous_bytes(x)).flatten(1, 2)
+    votes = []
+    for alpha in (0.0, 1.0):
+        model.set_plasticity(alpha)
+        votes.append(model.head.memory(hidden, x)[1].M)
+    assert torch.equal(*votes) and votes[0].abs().max() > 0.01
+
+
+def test_it_says_what_it_writes():
     memory = make()
-    hidden, previous = stream(20)
-    changed, other = hidden.clone(), previous.clone()
-    changed[:, :18], other[:, :19] = torch.randn(2, 18, WIDTH), 7
-    last = memory(hidden, previous, torch.tensor(0.0))[0][:, -1]
-    assert torch.equal(last, memory(changed, other, torch.tensor(0.0))[0][:, -1])
-    assert not torch.allclose(
-        memory(hidden, previous, torch.tensor(1.0))[0][:, -1], memory(changed, other, torch.tensor(1.0))[0][:, -1]
-    )
+    hidden, previous = stream(30)
+    writes = []
+    memory(hidden, previous, writes=writes)
+    (beta,) = writes
+    gates = F.linear(torch.nn.functional.rms_norm(hidden, (WIDTH,), eps=1e-6), memory.gates.weight, memory.gates.bias)
+    expected = (1.1 * gates[..., HEADS : 2 * HEADS].sigmoid() - 0.05).clamp(0, 1)
+    torch.testing.assert_close(beta, expected.transpose(1, 2), rtol=1e-4, atol=1e-5)
+    assert beta.requires_grad and beta.min() == 0 and beta.max() == 1
+    model, writes = make_random_model(recall_heads=3), []
+    model(torch.randint(0, 256, (2, 41)), writes=writes)
+    assert [each.shape for each in writes] == [(2, 3, 44)]  # whole patches
+    without, writes = make_random_model(recall_heads=0), []
+    without(torch.randint(0, 256, (2, 41)), writes=writes)
+    assert not writes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -151,8 +181,8 @@ def test_it_is_float32_under_autocast(dtype):
     hidden, previous = stream(70)
     hidden = hidden.to(dtype)
     with torch.autocast("cpu", dtype):
-        found, state = memory(hidden, previous, torch.tensor(0.9))
-    expected, _ = memory(hidden.float(), previous, torch.tensor(0.9))
+        found, state = memory(hidden, previous)
+    expected, _ = memory(hidden.float(), previous)
     assert found.dtype == state.M.dtype == torch.float32
     assert torch.equal(found, expected)
 

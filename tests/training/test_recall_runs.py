@@ -1,12 +1,16 @@
 """Recall tasks in training: weights reach the loss, memory takes no tasks, and a run with them resumes exactly."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from model.training.optimizer import MuonAdamW
+from model.training.step import TrainingStep
 from tests.conftest import make_random_model
 from tests.training import test_train_script as runs
-from tests.training.test_genesis_step import built, noise, rehearsing
+from tests.training.test_genesis_step import built, noise, rehearsing, rows_drawn
 from tests.training.test_train_script import RUN, environment, identical, metrics, script  # noqa: F401 (fixtures)
 
 TOML = """
@@ -24,6 +28,7 @@ plasticity = 1.0
 seq_len = 256
 recall = 0.5
 """
+WITH_MEMORY = [*RUN, "--set", "recall_heads=2", "--set", "recall_dim=8"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def curriculum(tmp_path_factory):
 
 @pytest.mark.parametrize("genesis", ["off", "on", "all"])
 def test_a_run_with_tasks_resumes_to_the_bit(curriculum, script, tmp_path, genesis):  # noqa: F811
-    arguments = [*RUN, "--curriculum", curriculum, "--steps", 20, "--genesis", genesis]
+    arguments = [*WITH_MEMORY, "--curriculum", curriculum, "--steps", 20, "--genesis", genesis]
     assert script(*arguments, "--out", tmp_path / "whole") == 0
     assert script(*arguments, "--out", tmp_path / "parts", stop_at=13) == 0
     assert script("--resume", "--out", tmp_path / "parts", "--quiet", "--sample-bytes", 20) == 0
@@ -50,7 +55,7 @@ def test_a_share_on_the_command_line_is_that_of_every_stage(curriculum, script, 
     with pytest.MonkeyPatch.context() as patch:
         step = runs.Trainer._difficulty
         patch.setattr(runs.Trainer, "_difficulty", lambda self: seen.append((self.step, step(self))) or seen[-1][1])
-        arguments = [*RUN, "--curriculum", curriculum, "--steps", 20]
+        arguments = [*RUN, "--curriculum", curriculum, "--steps", 20, "--write-price", 0]
         assert script(*arguments, "--recall", 0.25, "--out", tmp_path / "all") == 0
         assert [stage["recall"]["share"] for stage in metrics(tmp_path / "all")["stages"]] == [0.25, 0.25]
         assert seen == [(i, min(1.0, i / 10)) for i in range(20)]
@@ -98,3 +103,63 @@ def test_memory_takes_no_rows_with_tasks():
     assert int(ring.count()) == 2
     kept = {bytes(row.tolist()) for row in ring.target[ring.priority > 0]}
     assert kept == {bytes(batch[row].tolist()) for row in (0, 3)}
+
+
+# ── what writing into the byte memory costs ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("rehearses", [False, True])
+def test_the_price_is_that_of_the_mean_writing_strength(weighted, rehearses):
+    """Against the gradient of the strengths themselves, taken by autograd on a model of its own."""
+    (batch,) = noise(1)
+    weights = weights_of(batch) if weighted else None
+    gradients = {}
+    for price in (0.0, 3.0):
+        model = make_random_model()
+        step = rehearsing(model, replay="recomputed") if rehearses else TrainingStep(model, MuonAdamW(model))
+        before = copy.deepcopy(model)  # before the step moves the weights
+        step.priced = True
+        step.write_price.fill_(price)
+        gate = model.head.memory.gates.weight
+        gate.register_hook(lambda gradient, price=price: gradients.update({price: gradient.clone()}))
+        torch.manual_seed(0)  # of what is drawn to be rehearsed
+        step.run(batch, weights)
+    before(torch.cat([batch, rows_drawn(step, 64)]) if rehearses else batch, writes=(writes := []))
+    (expected,) = torch.autograd.grad(3.0 * writes[0].mean(), before.head.memory.gates.weight)
+    torch.testing.assert_close(gradients[3.0] - gradients[0.0], expected, rtol=1e-3, atol=1e-6)
+    assert expected.abs().max() > 1e-3
+
+
+def test_the_price_rises_with_the_difficulty(curriculum, script, tmp_path, capsys):  # noqa: F811
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        run = TrainingStep.run
+        patch.setattr(TrainingStep, "run", lambda s, *rest: seen.append(s.write_price.item()) or run(s, *rest))
+        arguments = [*WITH_MEMORY, "--curriculum", curriculum, "--steps", 20]
+        for options, price in ((["--recall", 0.25], 4.0), (["--recall", 0.25, "--write-price", 0.5], 0.5)):
+            seen.clear()
+            assert script(*arguments, *options, "--out", tmp_path / f"at{price}") == 0
+            assert seen == pytest.approx([price * min(1.0, i / 10) for i in range(20)])
+        seen.clear()
+        assert script(*arguments, "--recall", 0, "--out", tmp_path / "no tasks") == 0
+        assert seen == [0.0] * 20
+    assert not identical(tmp_path / "at4.0", tmp_path / "at0.5")
+    assert script(*arguments, "--write-price", -1, "--out", tmp_path / "bad") == 2
+    assert "write_price=-1.0: accepted is a number ≥ 0" in capsys.readouterr().err
+
+
+def test_a_price_makes_it_write_less():
+    """Of texts that each say one thing again and again."""
+    strengths = {}
+    for price in (0.0, 4.0):
+        model = make_random_model()
+        step = TrainingStep(model, MuonAdamW(model, lr=0.01), priced=True)
+        step.write_price.fill_(price)
+        for batch in noise(60):
+            batch = batch[:, :12].repeat(1, 5)
+            step.run(batch)
+        with torch.no_grad():
+            model(batch, writes=(writes := []))
+        strengths[price] = writes[0].mean().item()
+    assert strengths[4.0] < 0.05 < 0.2 < strengths[0.0]
