@@ -51,12 +51,14 @@ class ByteMemory(nn.Module):
         vote    Σ_j W_j r_{t−j}                            → logits of byte t, j = 0 … N − 1
 
     A cache of contexts and what followed them (Grave et al. 2017), of fixed size, as fast weights (Schlag et al. 2021)
-    under the gated delta rule: the last value of a key counts. Keys and queries begin as the same projection, so that
+    under the delta rule: the last value of a key counts. Keys and queries begin as the same projection, so that
     a context recalls its like before anything has been learned. A span is written at once, so that a fact takes one
     key and not one for each of its bytes, and its later bytes follow from the question and not from each other.
 
-    β reaches exactly 0 and 1 (a stretched sigmoid, as in Louizos et al. 2018): what is not written cannot wear off
-    what was, over any distance. What plasticity forgets in the blocks stays here: its lengths are their own.
+    Nothing decays: what is there stays until something else is written over it, and plasticity, which shortens the
+    blocks' memories, does not reach this one. So all depends on writing little. β reaches exactly 0 and 1, and is steep
+    where it does (a stretched sigmoid, as in Louizos et al. 2018): what is not written cannot wear off what was, over
+    any distance. A price on β in training (`TrainingStep.write_price`) makes it choose.
 
     Args:
         head_dim: width of h.
@@ -65,8 +67,7 @@ class ByteMemory(nn.Module):
         span: N.
     """
 
-    STRETCH = 0.05  # β = clip((1 + 2 s) sigmoid − s, 0, 1)
-    LENGTH = 2.0**20  # bytes: 1 / (1 − λ) at initialisation
+    STRETCH = 0.25  # β = clip((1 + 2 s) sigmoid − s, 0, 1)
 
     def __init__(self, head_dim: int, heads: int, dim: int, rule: str, span: int):
         super().__init__()
@@ -74,17 +75,16 @@ class ByteMemory(nn.Module):
         self.queries = nn.Linear(head_dim, heads * dim, bias=False)
         self.keys = nn.Linear(head_dim, heads * dim, bias=False)
         self.values = nn.Embedding(257 * span, heads * dim)  # place j of a span: from row 257 j on; NONE has a row
-        self.gates = nn.Linear(head_dim, 3 * heads)  # decay, writing strength, reading strength
+        self.gates = nn.Linear(head_dim, 2 * heads)  # writing strength, reading strength
         self.output = nn.Linear(span * heads * dim, 256, bias=False)
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Keys are queries; nothing is said yet; nearly nothing is forgotten; half strength."""
+        """Keys are queries; nothing is said yet; half strength."""
         self.keys.weight.copy_(self.queries.weight)
         self.output.weight.zero_()
         self.gates.weight.zero_()
         self.gates.bias.zero_()
-        self.gates.bias[: self.heads] = torch.tensor(self.LENGTH - 1).log()
 
     def forward(
         self,
@@ -110,8 +110,7 @@ class ByteMemory(nn.Module):
             h = rms_norm(hidden.to(dtype))
             q, k = (self._heads(F.linear(h, linear.weight.to(dtype))) for linear in (self.queries, self.keys))
             gates = F.linear(h, self.gates.weight.to(dtype), self.gates.bias.to(dtype)).transpose(1, 2)
-            decay, write, read = gates.split(self.heads, 1)
-            log_decay = F.logsigmoid(decay)
+            write, read = gates.split(self.heads, 1)
             beta = ((1 + 2 * self.STRETCH) * write.sigmoid() - self.STRETCH).clamp(0, 1)
             if writes is not None:
                 writes.append(beta)
@@ -130,9 +129,10 @@ class ByteMemory(nn.Module):
             # What is written at a byte is the context before the span that ends with the byte before it.
             written, v = keys[:, :, :L], self._heads(self._values(seen, L, dtype))
             if self.rule == "delta":
-                out, (M, z) = hebbian(q, written, v, log_decay, beta=beta, state=carried, impl=impl)
+                out, (M, z) = hebbian(q, written, v, torch.zeros_like(beta), beta=beta, state=carried, impl=impl)
             else:
-                out, (M, z) = hebbian(q, written * beta.unsqueeze(-1), v, log_decay, state=carried, impl=impl)
+                written = written * beta.unsqueeze(-1)
+                out, (M, z) = hebbian(q, written, v, torch.zeros_like(beta), state=carried, impl=impl)
             out = (out * (2 * read.sigmoid()).unsqueeze(-1)).transpose(1, 2).flatten(2)
             reads = F.pad(out, (0, 0, N - 1, 0)) if state is None else torch.cat([state.reads.to(dtype), out], 1)
             spans = torch.cat([reads[:, N - 1 - j : N - 1 - j + L] for j in range(N)], -1)

@@ -96,19 +96,18 @@ def test_lengths_of_gates_that_do_not_listen(plasticity, ruled):
     model = make_random_model(memory_rule=ruled.config.memory_rule, recall_rule=ruled.config.recall_rule)
     model.set_plasticity(plasticity)
     with torch.no_grad():
-        for module in (model.blocks[0].memory, model.head.memory):
-            module.gates.weight.zero_()
-            module.gates.bias.zero_()
-            module.gates.bias[0] = 3.0
-            module.gates.bias[1] = 200.0  # sigmoid is 1 in float32
+        gates = model.blocks[0].memory.gates
+        gates.weight.zero_()
+        gates.bias.zero_()
+        gates.bias[0] = 3.0
+        gates.bias[1] = 200.0  # sigmoid is 1 in float32
     report = inspect_layers(model, TEXT)
-    for found, a, patches in ((report.memories[0], plasticity, 1), (report.memories[-1], 1.0, 1 / 4)):
-        lengths = [patches / (1 - a / (1 + math.exp(-3))), patches / (1 - a) if a < 1 else math.inf]
-        for head, length in zip(found.heads, lengths):
-            assert head.length == pytest.approx(length, rel=1e-3)
-            assert head.length_quantiles == pytest.approx((length,) * 3, rel=1e-3)
-            assert head.length_bytes == pytest.approx(4 * length, rel=1e-3)
-            assert head.beta_mean is None or head.beta_mean == pytest.approx(0.5)
+    lengths = [1 / (1 - plasticity / (1 + math.exp(-3))), 1 / (1 - plasticity) if plasticity < 1 else math.inf]
+    for head, length in zip(report.memories[0].heads, lengths):
+        assert head.length == pytest.approx(length, rel=1e-3)
+        assert head.length_quantiles == pytest.approx((length,) * 3, rel=1e-3)
+        assert head.length_bytes == pytest.approx(4 * length, rel=1e-3)
+        assert head.beta_mean is None or head.beta_mean == pytest.approx(0.5)
     assert json.loads(json_text(report.to_dict()))
 
 
@@ -156,11 +155,11 @@ def test_the_byte_heads_memory(ruled):
     # A stream's last state has read one byte more than a forward pass's, which predicts the last and does not write it.
     assert found.votes == pytest.approx(float(votes[:, : len(TEXT)].square().mean().sqrt()), rel=0.02)
     layer, h = ruled.head.memory, F.rms_norm(hidden[0], (ruled.config.head_dim,), eps=1e-6)
-    log_decay = F.logsigmoid(h.double() @ layer.gates.weight.double().T + layer.gates.bias.double())
+    beta = (1.5 * (h @ layer.gates.weight.T + layer.gates.bias).sigmoid() - 0.25).clamp(0, 1)
     for i, head in enumerate(found.heads):
-        # α is 0.99 there: it would make it a hundred patches.
-        assert head.length == pytest.approx(float(-1 / torch.expm1(log_decay[:, i].mean())) / 4, rel=0.02)
-        assert head.length > 200
+        assert head.length == math.inf  # nothing decays
+        if layer.rule == "delta":
+            assert head.beta_mean == pytest.approx(float(beta[: len(TEXT), i].mean()), rel=0.02)
 
 
 def test_a_model_without_a_memory_in_its_head(tiny_model):
