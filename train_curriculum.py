@@ -56,6 +56,10 @@ def parse_arguments() -> argparse.Namespace:
         help="a byte, of writing everything into the byte memory, once there are tasks (default: 4)",
     )
 
+    how.add_argument(
+        "--ponder-cost", type=float, metavar="NATS", help="a byte, of thinking all steps in full (default: 0)"
+    )
+
     petals = parser.add_argument_group("petals and growth (docs/petals.md, docs/growth.md)")
     petals.add_argument("--hull", help="kind of the petals: convex or swiglu (default: convex)")
     petals.add_argument("--petals", type=int, metavar="N", help="petals of a hull, at equal weights (default: 4)")

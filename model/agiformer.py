@@ -77,7 +77,12 @@ class AGIFormer(nn.Module):
         self.start = nn.Parameter(torch.empty(D))
         self.blocks = nn.ModuleList(HybridBlock(D, config.n_heads, config) for _ in range(config.n_layers))
         self.columns = nn.ModuleList()
-        self.reasoning = RecurrentReasoningBlock(D, config.reasoning_dim, config.thinking_steps)
+        heads = config.n_heads if config.thinking_reads else 0
+        self.reasoning = RecurrentReasoningBlock(
+            D, config.reasoning_dim, config.thinking_steps, config.thinking_skip, heads
+        )
+        if config.thinking_reads:
+            self.blocks[-1].memory.readable = True  # the oldest leaf of the last block of blocks, whatever grows on it
         self.head = LocalAutoregressiveHead(D, config.head_dim, byte_memory(config))
         self.plasticity: Tensor
         self.register_buffer("plasticity", torch.tensor(float(config.plasticity)))
@@ -106,6 +111,7 @@ class AGIFormer(nn.Module):
         thinking_steps: int | None = None,
         halt_threshold: float | None = None,
         writes: list[Tensor] | None = None,
+        halts: list[Tensor] | None = None,
     ) -> Tensor:
         """Logits aligned with their input: `logits[:, t]` predicts `x[:, t]` from `x[:, :t]`.
 
@@ -113,14 +119,14 @@ class AGIFormer(nn.Module):
             x: [B, L] bytes as any integer type, L ≥ 1.
             thinking_steps: K for this call; the configured number when None.
             halt_threshold: see RecurrentReasoningBlock; None in training.
-            writes: see `read_out`.
+            writes, halts: see `read_out` and `think`.
 
         Returns:
             [B, L, 256] float32.
         """
         self._check_bytes(x)
-        z, _ = self.trunk(self.latents(x))
-        z = self.think(z, thinking_steps, halt_threshold)
+        z, state = self.trunk(self.latents(x))
+        z = self.think(z, state, thinking_steps, halt_threshold, halts)
         return self.read_out(z, x, writes)
 
     def latents(self, x: Tensor) -> Tensor:
@@ -192,10 +198,28 @@ class AGIFormer(nn.Module):
                 x, *added = self._split(visit(i + 1, self._join(x, added)))
         return self._join(x, added), TrunkState(states, offset + latents.shape[1])
 
-    def think(self, z: Tensor, steps: int | None = None, halt_threshold: float | None = None) -> Tensor:
-        """The reasoning block on z [B, T, D]; it works on the first column's channels."""
+    def think(
+        self,
+        z: Tensor,
+        state: TrunkState | None = None,
+        steps: int | None = None,
+        halt_threshold: float | None = None,
+        halts: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The reasoning block on z [B, T, D]; where thinking reads memory, with the state that the trunk returned with z.
+
+        It works on the first column's channels. To `halts`, if given, p_halt [B, T, 1] of every step is appended.
+        """
         first, *added = self._split(z)
-        first = self.reasoning(first, steps, halt_threshold)
+        read = None
+        if self.config.thinking_reads:
+            if state is None:
+                raise ValueError("state=None: accepted with thinking_reads is the state that the trunk returned with z")
+            last = state.blocks[len(self.blocks) - 1]
+            while isinstance(last, NodeState):
+                last = last.left
+            read = last.memory.read
+        first = self.reasoning(first, steps, halt_threshold, read, halts)
         return torch.cat([first, *added], -1) if added else first
 
     @staticmethod

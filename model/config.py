@@ -34,6 +34,8 @@ class AGIFormerConfig:
     ffn_dim: int = 2048  # size of a hull: it has the weights of a two-matrix layer with so many hidden units
     memory_rule: str = "hebbian"  # how the fast weights are written: "hebbian" or "delta"
     thinking_steps: int = 3  # K: passes of the reasoning block; can be set per call
+    thinking_skip: int = 0  # in training a row leaves out 0 to this many of the last steps, drawn evenly; at most K
+    thinking_reads: bool = False  # whether every step reads the last block's fast weights with a fresh query
     reasoning_dim: int = 2048  # hidden units of the reasoning block's MLP
     head_dim: int = 512  # width of the GRU that writes the bytes of a patch
     recall_heads: int = 0  # heads of the byte head's own fast weights; 0 is none
@@ -59,8 +61,9 @@ class AGIFormerConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: accepted are {', '.join(MEMORY_RULES)}")
         if self.hull not in HULLS:
             raise ValueError(f"hull={self.hull!r}: accepted are {', '.join(HULLS)}")
-        if not isinstance(self.anchors, bool):
-            raise ValueError(f"anchors={self.anchors!r}: accepted are True and False")
+        for name in ("anchors", "thinking_reads"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: accepted are True and False")
         if not isinstance(self.growth, tuple | list):
             raise ValueError(f"growth={self.growth!r}: accepted is a list of changes such as 'grow 0'")
         object.__setattr__(self, "growth", tuple(self.growth))  # JSON has lists
@@ -71,6 +74,10 @@ class AGIFormerConfig:
             raise ValueError(
                 f"d_model={self.d_model}: accepted is a multiple of 2 · n_heads = {2 * self.n_heads}, "
                 "so that every head has an even width for its rotary pairs"
+            )
+        if self.thinking_skip > self.thinking_steps:
+            raise ValueError(
+                f"thinking_skip={self.thinking_skip}: accepted is at most thinking_steps = {self.thinking_steps}"
             )
         if self.patch_overlap > self.patch_size:
             raise ValueError(f"patch_overlap={self.patch_overlap}: accepted is at most patch_size = {self.patch_size}")
@@ -91,9 +98,10 @@ class AGIFormerConfig:
             if not equals or name not in types:
                 raise ValueError(f"--set {setting}: accepted is field=value with a field of {', '.join(types)}")
             try:
-                changes[name] = types[name](text)
-            except ValueError:
-                raise ValueError(f"--set {setting}: {name} accepts {types[name].__name__} values") from None
+                changes[name] = _SWITCH[text.lower()] if types[name] is bool else types[name](text)
+            except (KeyError, ValueError):
+                accepted = "true and false" if types[name] is bool else f"{types[name].__name__} values"
+                raise ValueError(f"--set {setting}: {name} accepts {accepted}") from None
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,6 +117,7 @@ class AGIFormerConfig:
         return cls(**values)
 
 
+_SWITCH = {"true": True, "false": False}
 _INTEGER_RANGES = (
     ("d_model", 8, 16384),
     ("n_layers", 1, 256),
@@ -120,6 +129,7 @@ _INTEGER_RANGES = (
     ("petals", 1, 4096),
     ("ffn_dim", 1, 131072),
     ("thinking_steps", 0, 64),
+    ("thinking_skip", 0, 64),
     ("reasoning_dim", 1, 131072),
     ("head_dim", 8, 16384),
     ("recall_heads", 0, 256),

@@ -140,6 +140,9 @@ COLUMN = ("encoder.columns.0.weight", "head.columns.0.weight", "columns.0.start"
         (SHAPES[1], [HULL[0], HULL[2]]),
         (SHAPES[2], [f"blocks.0.{name}" for name in NODE]),
         (SHAPES[2], COLUMN),
+        ({"thinking_reads": True}, ["reasoning.query.weight", "reasoning.recall.weight", "blocks.1.memory.qkv.weight"]),
+        ({"thinking_reads": True, "memory_rule": "delta"}, ["reasoning.query.weight", "blocks.1.memory.gates.bias"]),
+        ({"recall_rule": "delta"}, [f"head.memory.{name}.weight" for name in ("queries", "keys", "gates", "values")]),
     ],
 )
 def test_gradients_agree_with_finite_differences(tiny_model, changes, names):
@@ -211,6 +214,9 @@ def test_small_has_the_published_shape():
         {"patch_size": 0},
         {"patch_overlap": 5},
         {"thinking_steps": -1},
+        {"thinking_skip": 4},
+        {"thinking_reads": 1},
+        {"recall_span": 0},
         {"memory_rule": "oja"},
         {"hull": "concave"},
         {"petals": 0},
@@ -229,6 +235,10 @@ def test_config_errors_name_field_value_and_what_is_accepted(change):
 def test_settings_from_the_command_line():
     config = AGIFormerConfig().with_settings(["window=64", "memory_rule=delta", "rope_base=500"])
     assert (config.window, config.memory_rule, config.rope_base) == (64, "delta", 500.0)
+    assert AGIFormerConfig().with_settings(["thinking_reads=TRUE"]).thinking_reads is True
+    assert config.with_settings(["thinking_reads=false"]) == config
+    with pytest.raises(ValueError, match="--set thinking_reads=1: thinking_reads accepts true and false"):
+        AGIFormerConfig().with_settings(["thinking_reads=1"])
     for setting, message in [("wind=3", "field=value"), ("window", "field=value"), ("window=x", "int values")]:
         with pytest.raises(ValueError, match=message):
             AGIFormerConfig().with_settings([setting])

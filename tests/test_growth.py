@@ -131,6 +131,24 @@ def test_growth_changes_no_bit_of_nano(nano, growth, hull):
     assert model.parameter_count() > count
 
 
+@pytest.mark.parametrize("growth", ["all blocks", "twice", "all kinds"])
+def test_growth_changes_no_bit_where_thinking_reads_memory(growth):
+    """What is read stays the memory of the block that was there."""
+    model = AGIFormer(AGIFormerConfig.preset("nano", thinking_reads=True)).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("reasoning.recall.weight", "blocks.2.output.weight", "head.output.weight")):
+                parameter.normal_(std=0.1)
+    x = random_bytes(1, 131, seed=2)
+    before = all_logits(model, x)
+    model.grow(2)
+    GROWTHS[growth](model)
+    assert same(all_logits(model, x), before)
+    with torch.no_grad():
+        model.reasoning.recall.weight.zero_()
+    assert not same(all_logits(model, x), before)
+
+
 def test_growth_changes_no_bit_of_small(small):
     model = copy.deepcopy(small)
     x = random_bytes(1, 23, seed=2)

@@ -4,6 +4,7 @@ back the bytes are that attention alone can carry to a prediction.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def without_memory(model: nn.Module) -> Iterator[None]:
 
 def _silence(module: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
     handed_on, state = output
+    if getattr(state, "read", None) is not None:
+        state = replace(state, read=torch.zeros_like)
     return torch.zeros_like(handed_on), state
 
 

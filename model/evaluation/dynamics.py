@@ -39,7 +39,7 @@ DRIFTING_GROWTH = 1.5
 CYCLE_RETURN = 0.1
 KINDS = ("explodes", "drifts", "wanders", "cycles", "converges")  # of two equally frequent ones the first is named
 
-Step = Callable[[Tensor], tuple[Tensor, Tensor]]
+Step = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ class LoopRuns:
         self._figures: list[np.ndarray] = []
 
     @torch.no_grad()
-    def add(self, z: Tensor) -> None:
-        """Run the loop from z [B, T, D]."""
+    def add(self, z: Tensor, *inputs: object) -> None:
+        """Run the loop from z [B, T, D]; `inputs` are what else its step takes."""
         recent = deque([z], maxlen=MAX_PERIOD + 1)
         norms, sizes = [_norm(z)], []
         self._positions += norms[0].numel()
         for k in range(1, self.steps + 1):
-            delta, _ = self.step(z)
+            delta, _ = self.step(z, *inputs)
             z = z + delta
             recent.append(z)
             sizes.append(_norm(delta))

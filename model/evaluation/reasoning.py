@@ -29,6 +29,7 @@ from model.evaluation.dynamics import Dynamics, LoopRuns, run_length
 from model.evaluation.gains import Gains, byte_gains
 from model.evaluation.report import check_count, number, text_table
 from model.layers.norm import rms_norm
+from model.layers.reasoning import Read
 
 DORMANT_SIZE = 0.01  # every step is smaller than this share of the latent that it changes …
 DORMANT_GAIN = 0.01  # … and all of them together move BPC by less than this: dormant
@@ -50,11 +51,12 @@ DEFAULT_TEXT = (
 
 @dataclass
 class ThinkingStep:
-    """The loop after step k: z [B, T, D], logits [B, L, 256]; and of step k itself (None for k = 0) delta [B, T, D],
-    p_halt [B, T, 1], gate [B, T, D]."""
+    """The loop after step k: z [B, T, D], logits [B, L, 256], read as in `RecurrentReasoningBlock.step`; and of step k
+    itself (None for k = 0) delta [B, T, D], p_halt [B, T, 1], gate [B, T, D]."""
 
     z: Tensor
     logits: Tensor
+    read: Read | None = None
     delta: Tensor | None = None
     p_halt: Tensor | None = None
     gate: Tensor | None = None
@@ -201,7 +203,7 @@ def measure_reasoning(
                 if k <= steps:
                     totals[k].add(lost, thought, z, delta)
                 if k == 0:
-                    runs.add(thought.z)
+                    runs.add(thought.z, thought.read)
                 z, delta = thought.z, thought.delta
     reports = [total.report(k, count) for k, total in enumerate(totals)]
     before, after = (np.concatenate(nats[k]) / math.log(2) for k in (0, K))
@@ -218,11 +220,11 @@ def measure_reasoning(
 
 def thinking_trace(model: AGIFormer, x: Tensor, steps: int) -> Iterator[ThinkingStep]:
     """The loop on bytes x [B, L] after 0, 1, … `steps` steps; `logits` of step k are `model(x, thinking_steps=k)`."""
-    latents: list[Tensor] = []
+    entered: list[tuple] = []
     # What enters the loop is caught at its door, so that this stays right however the trunk before it changes; and
     # what enters the head at that door, for the channels that pass the loop by.
     hooks = [
-        module.register_forward_pre_hook(lambda module, inputs: latents.append(inputs[0]))
+        module.register_forward_pre_hook(lambda module, inputs: entered.append(inputs))
         for module in (model.reasoning, model.head)
     ]
     try:
@@ -230,13 +232,14 @@ def thinking_trace(model: AGIFormer, x: Tensor, steps: int) -> Iterator[Thinking
     finally:
         for hook in hooks:
             hook.remove()
-    z, rest = latents[0], latents[1][..., latents[0].shape[-1] :]
-    yield ThinkingStep(z, logits)
+    (z, _, _, read, *_), (joined, *_) = entered
+    rest = joined[..., z.shape[-1] :]
+    yield ThinkingStep(z, logits, read)
     for _ in range(steps):
         gate = model.reasoning.gate(rms_norm(z)).sigmoid()
-        delta, p_halt = model.reasoning.step(z)
+        delta, p_halt = model.reasoning.step(z, read)
         z = z + delta
-        yield ThinkingStep(z, model.read_out(torch.cat([z, rest], -1), x), delta, p_halt, gate)
+        yield ThinkingStep(z, model.read_out(torch.cat([z, rest], -1), x), read, delta, p_halt, gate)
 
 
 def judge(steps: list[StepReport], thinking_steps: int) -> tuple[str, str]:

@@ -105,9 +105,11 @@ class ByteStream:
 
     def _read_patches(self, latents: Tensor) -> Tensor:
         z, state = self.model.trunk(latents, self._trunk)
-        # The window caches are views of all keys of the piece: a copy lets go of what has left the window.
-        self._trunk = state.clone() if latents.shape[1] > 1 else state
-        return self.model.think(z, self.thinking_steps, self.halt_threshold)
+        # The window caches are views of all keys of the piece, and a state that is read knows the writes of this call:
+        # a copy lets go of both.
+        copied = latents.shape[1] > 1 or self.model.config.thinking_reads
+        self._trunk = state.clone() if copied else state
+        return self.model.think(z, state, self.thinking_steps, self.halt_threshold)
 
     def _begin_patch(self, latent: Tensor) -> None:
         """Open the patch that `latent` [B, D] predicts; `_hidden` always holds what predicts the next byte."""

@@ -1,5 +1,6 @@
 """HebbianMemory: fast weights written and read in the forward pass, always in float32."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,15 @@ SHORTEST, LONGEST = 4.0, 512.0  # patches: the heads' memory lengths 1 / (1 − 
 
 @dataclass
 class MemoryState:
-    """The fast weights M [B, H, E, E] and their normaliser z [B, H, E], float32."""
+    """The fast weights M [B, H, E, E] and their normaliser z [B, H, E], float32.
+
+    read: of a `readable` memory, what its positions would have read with other queries: [B, T, D] → [B, T, D]. It
+    belongs to the call that made it, and is no part of the state that is carried: `clone` leaves it out.
+    """
 
     M: Tensor
     z: Tensor
+    read: Callable[[Tensor], Tensor] | None = None
 
     def clone(self) -> "MemoryState":
         return MemoryState(self.M.clone(), self.z.clone())
@@ -31,12 +37,16 @@ class HebbianMemory(nn.Module):
 
     Runs in float32 with autocast off, projections included: half precision overflows in the normaliser (seed 002,
     "AMP stability"). `rule="delta"` writes by the delta rule with normalised keys instead.
+
+    Attributes:
+        readable: whether the state that a call returns can be read with other queries.
     """
 
     def __init__(self, d_model: int, n_heads: int, rule: str = "hebbian"):
         super().__init__()
         self.n_heads = n_heads
         self.rule = rule
+        self.readable = False
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         # One row per head for the decay, and for the delta rule one more for the writing strength β.
         self.gates = nn.Linear(d_model, n_heads * (2 if rule == "delta" else 1))
@@ -73,9 +83,18 @@ class HebbianMemory(nn.Module):
             beta = None
             if self.rule == "delta":
                 beta = self._gates(x, slice(self.n_heads, None)).sigmoid()
-                q, k = F.normalize(queries_keys, dim=-1)
-            else:
-                q, k = F.elu(queries_keys) + 1
+            q, k = self._features(queries_keys)
             carried = None if state is None else (state.M, state.z)
             out, (M, z) = hebbian(q, k, v, log_decay, beta=beta, state=carried, impl=impl)
-            return out.transpose(1, 2).flatten(2), MemoryState(M, z)
+
+        def read(queries: Tensor) -> Tensor:
+            # The writes come again with it: cheaper than the state at every position.
+            with torch.autocast(queries.device.type, enabled=False):
+                q = self._features(queries.to(k.dtype).unflatten(-1, (self.n_heads, -1)).transpose(1, 2))
+                return hebbian(q, k, v, log_decay, beta=beta, state=carried, impl=impl)[0].transpose(1, 2).flatten(2)
+
+        return out.transpose(1, 2).flatten(2), MemoryState(M, z, read if self.readable else None)
+
+    def _features(self, heads: Tensor) -> Tensor:
+        """Of queries or keys [..., E]."""
+        return F.normalize(heads, dim=-1) if self.rule == "delta" else F.elu(heads) + 1

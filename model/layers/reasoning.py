@@ -1,26 +1,41 @@
 """RecurrentReasoningBlock: the same small network applied to a latent several times (System 2)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from model.layers.feedforward import FeedForward
 from model.layers.norm import rms_norm
 
+Read = Callable[[Tensor], Tensor]  # queries [B, T, D] → what fast weights hold for them, [B, T, D]
+
 
 class RecurrentReasoningBlock(nn.Module):
-    """z ← z + (1 − p_halt) · g(z) ⊙ MLP(norm(z)), K times with the same weights (DESIGN: RecurrentReasoningBlock).
+    """z ← z + (1 − p_halt) · g(z) ⊙ f(norm(z)), K times with the same weights (DESIGN: RecurrentReasoningBlock).
 
     p_halt = sigmoid(w · norm(z) + b) is one number per position and step, g = sigmoid(G norm(z) + c) one per channel.
+    f is an MLP; with `heads`, f(n) = MLP(n) + O norm(read(Q n)), a look into fast weights with a fresh query.
+
+    Args:
+        d_model: D.
+        hidden: units of the MLP.
+        steps: K.
+        skip: in training a row takes K to K − skip steps, drawn evenly.
+        heads: of the fast weights that are read, each read normalised for itself; 0 reads nothing.
     """
 
     HALT_BIAS = -3.0  # p_halt starts near 0.05: thinking begins switched on
+    READ_EPS = 1e-3  # a read of nearly nothing stays so: blown up to full size it would be rounding noise
 
-    def __init__(self, d_model: int, hidden: int, steps: int):
+    def __init__(self, d_model: int, hidden: int, steps: int, skip: int = 0, heads: int = 0):
         super().__init__()
-        self.steps = steps
+        self.steps, self.skip, self.heads = steps, skip, heads
         self.gate = nn.Linear(d_model, d_model)
         self.halt = nn.Linear(d_model, 1)
         self.mlp = FeedForward(d_model, hidden)
+        self.query = nn.Linear(d_model, d_model, bias=False) if heads else None
+        self.recall = nn.Linear(d_model, d_model, bias=False) if heads else None
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -29,27 +44,50 @@ class RecurrentReasoningBlock(nn.Module):
         self.gate.weight.zero_()
         self.halt.weight.zero_()
         self.halt.bias.fill_(self.HALT_BIAS)
+        if self.recall is not None:
+            self.recall.weight.zero_()
 
-    def step(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, z: Tensor, read: Read | None = None) -> tuple[Tensor, Tensor]:
         """One thinking step: z [B, T, D] → Δz [B, T, D] and p_halt [B, T, 1]."""
         normed = rms_norm(z)
         p_halt = self.halt(normed).sigmoid()
-        return (1 - p_halt) * self.gate(normed).sigmoid() * self.mlp(normed), p_halt
+        thought = self.mlp(normed)
+        if self.recall is not None:
+            found = read(self.query(normed)).unflatten(-1, (self.heads, -1))
+            thought = thought + self.recall(rms_norm(found, self.READ_EPS).flatten(-2).to(normed.dtype))
+        return (1 - p_halt) * self.gate(normed).sigmoid() * thought, p_halt
 
-    def forward(self, z: Tensor, steps: int | None = None, halt_threshold: float | None = None) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        steps: int | None = None,
+        halt_threshold: float | None = None,
+        read: Read | None = None,
+        halts: list[Tensor] | None = None,
+    ) -> Tensor:
         """z [B, T, D] → [B, T, D].
 
         Args:
             steps: K for this call, 0 or more; the configured number when None.
             halt_threshold: a position stops changing once its p_halt reaches this, and the loop ends when all
                 have (inference only: it looks at the values). None runs all K steps.
+            read: of the fast weights, where `heads` is not 0.
+            halts: if given, p_halt [B, T, 1] of every step is appended to it.
         """
         steps = self.steps if steps is None else steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"thinking_steps={steps!r}: accepted is an integer ≥ 0")
+        skipped = None
+        if self.training and self.skip:
+            skipped = torch.randint(0, self.skip + 1, (len(z), 1, 1), device=z.device)
         active = None
-        for _ in range(steps):
-            delta, p_halt = self.step(z)
+        for k in range(steps):
+            delta, p_halt = self.step(z, read)
+            if halts is not None:
+                halts.append(p_halt)
+            if skipped is not None:
+                # All steps are computed, so that shapes stay as they are.
+                delta = delta * (k < steps - skipped)
             if halt_threshold is not None:
                 going_on = p_halt < halt_threshold
                 active = going_on if active is None else active & going_on

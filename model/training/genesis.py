@@ -125,6 +125,8 @@ class Genesis:
         n = len(model.blocks)
         if options.replay_depth > n:
             raise ValueError(f"replay_depth={options.replay_depth}: accepted is from 0 to {n}, the model's blocks")
+        if options.replay_depth == n and model.config.thinking_reads:
+            raise ValueError(f"replay_depth={n}: accepted with thinking_reads, of the last block, is below {n}")
         self.memory: StagedReplay | None = None
         if options.replay != "off" and (stages > 1 or options.replay_mixed):
             if options.replay == "stored" and entry % model.config.patch_size:
@@ -212,12 +214,16 @@ class Genesis:
     # ── the step's lines ─────────────────────────────────────────────────────────────────────────────────────────
 
     def losses(
-        self, x: Tensor, weights: Tensor | None = None, writes: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        weights: Tensor | None = None,
+        writes: list[Tensor] | None = None,
+        halts: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, L] → the main loss in nats per byte, and what is to be minimised: it and the weighted replay loss.
 
         With weights [B, L] the main loss is that of the text, and what is minimised counts each byte as they say.
-        `writes` as in `AGIFormer.read_out`, of all rows that are read.
+        `writes` and `halts` as in `AGIFormer.forward`, of all rows that are read.
         """
         model, stage = self.model, int(self.stage)
         rehearses = self.memory is not None and self.memory.past(stage) > 0
@@ -244,8 +250,8 @@ class Genesis:
 
         if self.options.watches:
             self._counts = self._positions_that_count(blocked)
-        z, _ = model.trunk(model.latents(x if joined is not None else rows), visit=visit)
-        logits = model.read_out(model.think(z), rows, writes)
+        z, state = model.trunk(model.latents(x if joined is not None else rows), visit=visit)
+        logits = model.read_out(model.think(z, state, halts=halts), rows, writes)
         each = F.cross_entropy(logits.flatten(0, 1), rows.flatten().long(), reduction="none").view(len(rows), -1)
         # One mean over all bytes, as in `model.loss`: a mean of means would round the gradients otherwise.
         loss = each[:B].mean() if weights is None else weighted_mean(each[:B], is_text(weights))

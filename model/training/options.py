@@ -68,6 +68,7 @@ class TrainingOptions:
     grow_left: str = "frozen"  # whether the tree that was there goes on learning: "frozen" or "thawed"
     recall: float | None = None  # share of rows that get recall tasks, in all stages; the curriculum's own when None
     write_price: float = 4.0  # nats a byte that writing everything into the byte memory costs, where there are tasks
+    ponder_cost: float = 0.0  # nats a byte that thinking all steps in full costs
     genesis: str = "on"  # what "auto" means below: "off", "on" (what has earned its place) or "all"
     replay: str = "auto"  # rehearse earlier stages: "off", "recomputed" (from bytes) or "stored" (latents)
     replay_rows: int | None = None  # sequences that rehearse in a step; 1/16 of the batch when None
@@ -115,7 +116,7 @@ class TrainingOptions:
         self._accept("replay_rows", "an integer ≥ 1", lambda v: v is None or (_is_int(v) and v >= 1))
         self._accept("replay_size", "an integer ≥ 1", lambda v: _is_int(v) and v >= 1)
         self._accept("replay_depth", "an integer ≥ 0", lambda v: _is_int(v) and v >= 0)
-        for name in ("replay_weight", "persistence_strength", "write_price"):
+        for name in ("replay_weight", "persistence_strength", "write_price", "ponder_cost"):
             self._accept(name, "a number ≥ 0", lambda v: v is None or 0 <= v < float("inf"))
         for name in GENESIS_DEFAULTS["on"]:
             if self.genesis == "off" and getattr(self, name) not in ("auto", "off"):

@@ -143,7 +143,7 @@ def _options(
         "persistence",
         "persistence_strength",
     )
-    names += ("learning_curve", "balance", "recall", "write_price", "locks")
+    names += ("learning_curve", "balance", "recall", "write_price", "ponder_cost", "locks")
     given = {name: getattr(arguments, name) for name in names}
     for name in ("hull", "petals"):
         if getattr(arguments, name) is not None:

@@ -29,6 +29,7 @@ class TrainingStep:
         graph: capture the step on CUDA after a few eager ones, again for every new batch shape.
         genesis: its mechanisms; None for plain training.
         priced: whether writing into the byte memory costs something.
+        ponder_cost: what is minimised has this times the mean of 1 − p_halt over all thinking steps added (nats).
 
     Attributes:
         write_price: what is minimised has this times the mean of all writing strengths added; a device scalar.
@@ -45,6 +46,7 @@ class TrainingStep:
         workers: Workers | None = None,
         genesis: Genesis | None = None,
         priced: bool = False,
+        ponder_cost: float = 0.0,
     ):
         self.genesis = genesis
         self.model = model
@@ -55,6 +57,7 @@ class TrainingStep:
         self.workers = workers or Workers()
         self.graph = graph and self.device.type == "cuda"
         self.priced = priced and model.head.memory is not None
+        self.ponder_cost = ponder_cost
         self.write_price = torch.zeros((), device=self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
         self._shape: tuple[int, ...] | None = None
@@ -111,15 +114,17 @@ class TrainingStep:
 
     def _step(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         model, optimizer, scaler, genesis = self.model, self.optimizer, self.scaler, self.genesis
-        writes = [] if self.priced else None
+        writes, halts = [] if self.priced else None, [] if self.ponder_cost else None
         optimizer.zero_grad()
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             if genesis is not None:
-                loss, total = genesis.losses(x, weights, writes)  # 1. main loss; 2. replay loss, balanced
+                loss, total = genesis.losses(x, weights, writes, halts)  # 1. main loss; 2. replay loss, balanced
             else:
-                loss, total = main_losses(model, x, weights, writes)  # 1. main loss, answers counting more
+                loss, total = main_losses(model, x, weights, writes, halts)  # 1. main loss, answers counting more
         if writes:
             total = total + self.write_price * writes[0].mean()
+        if halts:
+            total = total + self.ponder_cost * (1 - torch.cat(halts, -1).float()).mean()
         scaler.scale(total).backward()  # 4. backward,
         self.workers.average_(optimizer.grads)
         scaler.unscale_(optimizer)  #    unscale
@@ -154,14 +159,19 @@ class TrainingStep:
 
 
 def main_losses(
-    model: AGIFormer, x: Tensor, weights: Tensor | None, writes: list[Tensor] | None = None
+    model: AGIFormer,
+    x: Tensor,
+    weights: Tensor | None,
+    writes: list[Tensor] | None = None,
+    halts: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [B, L], weights [B, L] or None for all alike → the mean loss of its text, for the record, and the weighted one,
-    to be minimised. `writes` as in `AGIFormer.read_out`."""
-    if weights is None and writes is None:
+    to be minimised. `writes` and `halts` as in `AGIFormer.forward`."""
+    if weights is None and writes is None and halts is None:
         loss = model.loss(x)
         return loss, loss
-    each = F.cross_entropy(model(x, writes=writes).flatten(0, 1), x.flatten().long(), reduction="none").view(x.shape)
+    logits = model(x, writes=writes, halts=halts)
+    each = F.cross_entropy(logits.flatten(0, 1), x.flatten().long(), reduction="none").view(x.shape)
     if weights is None:
         return each.mean().detach(), each.mean()
     return weighted_mean(each.detach(), is_text(weights)), weighted_mean(each, weights)

@@ -173,6 +173,7 @@ class Trainer:
             graph=self.graph,
             workers=self.workers,
             genesis=self.genesis,
+            ponder_cost=options.ponder_cost,
             priced=options.write_price > 0 and any(recall.share for recall in self.recall),
         )
         self.crystallization = Crystallization(self.model, options.crystallization)

@@ -14,6 +14,7 @@ SHAPES = {
     "delta": {"memory_rule": "delta"},
     "pyramid": {"growth": ("grow 0", "grow 0", "grow 1")},
     "column": {"growth": ("widen 48", "grow 2")},
+    "thinking": {"thinking_reads": True, "growth": ("grow 1",)},
 }
 
 
@@ -31,6 +32,8 @@ def silenced_by_hand(model):
     """A copy whose blocks fuse their attention with zeros, and whose head has no memory."""
     model = copy.deepcopy(model)
     model.head.memory = None
+    if model.config.thinking_reads:
+        model.reasoning.recall.weight.data.zero_()
     for bob in model.bobs():
         for leaf in leaves(bob):
             leaf.fuse = lambda x, attended, recalled, fuse=leaf.fuse: fuse(x, attended, torch.zeros_like(recalled))

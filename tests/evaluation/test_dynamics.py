@@ -201,7 +201,7 @@ def test_a_return_is_measured_in_steps(returned, kind):
 
 @pytest.mark.parametrize("factor, kind", [(-1.5, "converges"), (-2.0, "cycles"), (0.3, "explodes")])
 def test_a_models_loop_with_another_step(random_model, monkeypatch, text, factor, kind):
-    def step(z):
+    def step(z, read):
         return factor * z, torch.full((*z.shape[:2], 1), 0.5)
 
     monkeypatch.setattr(random_model.reasoning, "step", step)

@@ -77,6 +77,26 @@ def test_thinking_steps_per_stream(tiny_model, steps):
     torch.testing.assert_close(found[:, :-1], expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("rule", ["hebbian", "delta"])
+@pytest.mark.parametrize("growth", [(), ("grow 1", "widen 48")])
+def test_steps_that_read_memory(rule, growth):
+    model = make_random_model(thinking_reads=True, memory_rule=rule, growth=growth).eval()
+    x = random_bytes(2, 90, seed=1)
+    with torch.no_grad():
+        expected = model(x)
+        model.reasoning.recall.weight.mul_(-1)
+        assert (expected - model(x)).abs().max() > 1e-2
+        model.reasoning.recall.weight.mul_(-1)
+    stream = ByteStream(model, 2)
+    found = stream_logits(stream, x[:, :89], splits(89, 1))
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+    # Nothing of a call stays behind but its state.
+    last = stream._trunk.blocks[1]
+    while hasattr(last, "left"):
+        last = last.left
+    assert last.memory.read is None
+
+
 def test_halting_per_stream(tiny_model):
     model = tiny_model()
     x = random_bytes(2, 60, seed=2)

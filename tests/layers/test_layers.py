@@ -275,6 +275,67 @@ def test_halted_positions_stop_and_others_go_on():
     assert torch.equal(block(z, 4, halt_threshold=1.1), block(z, 4))
 
 
+@pytest.mark.parametrize("rule", ["hebbian", "delta"])
+def test_a_step_reads_fast_weights_with_its_own_query(rule):
+    """Against the recurrence: at every position the matrix that the memory had there, read with the step's query."""
+    torch.manual_seed(1)
+    memory = HebbianMemory(16, 2, rule).double()
+    memory.readable = True
+    block = RecurrentReasoningBlock(16, 24, 2, heads=2).double()
+    with torch.no_grad():
+        for parameter in (*memory.parameters(), *block.parameters()):
+            parameter.normal_(std=0.3)
+    x, z = torch.randn(2, 2, 7, 16, dtype=torch.float64)
+    # Split, so that the second call reads what the first has written.
+    alpha = torch.tensor(0.9, dtype=torch.float64)
+    _, first = memory(x[:, :3], alpha)
+    _, second = memory(x[:, 3:], alpha, first)
+    out = torch.cat([block(z[:, :3], read=first.read), block(z[:, 3:], read=second.read)], 1)
+
+    q, k, v = F.linear(x, memory.qkv.weight).unflatten(-1, (3, 2, 8)).unbind(2)
+    k = F.normalize(k, dim=-1) if rule == "delta" else F.elu(k) + 1
+    gates = torch.sigmoid(x @ memory.gates.weight.T + memory.gates.bias)
+    for row in range(2):
+        M, norm = torch.zeros(2, 8, 8).double(), torch.zeros(2, 8).double()
+        for t in range(7):
+            decay = alpha * gates[row, t, :2]
+            M, norm = decay[:, None, None] * M, decay[:, None] * norm + k[row, t]
+            for h in range(2):
+                value = v[row, t, h]
+                if rule == "delta":
+                    value = gates[row, t, 2 + h] * (value - k[row, t, h] @ M[h])
+                M[h] += torch.outer(k[row, t, h], value)
+            expected = z[row, t]
+            for _ in range(2):
+                n = expected / (expected.square().mean() + 1e-6).sqrt()
+                query = (block.query.weight @ n).view(2, 8)
+                query = F.normalize(query, dim=-1) if rule == "delta" else F.elu(query) + 1
+                found = torch.einsum("he,hef->hf", query, M)
+                if rule == "hebbian":
+                    found = found / ((query * norm).sum(-1, keepdim=True) + 1e-6)
+                found = (found / (found.square().mean(-1, keepdim=True) + 1e-3).sqrt()).flatten()
+                thought = torch.relu(block.mlp.up.weight @ n) ** 2 @ block.mlp.down.weight.T
+                p = torch.sigmoid(block.halt.weight @ n + block.halt.bias)
+                g = torch.sigmoid(block.gate.weight @ n + block.gate.bias)
+                expected = expected + (1 - p) * g * (thought + block.recall.weight @ found)
+            torch.testing.assert_close(out[row, t], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_steps_that_are_skipped_in_training():
+    block = reasoning_block()
+    block.skip = 2
+    z = torch.randn(400, 3, 16)
+    torch.manual_seed(2)
+    halts = []
+    out = block.train()(z, halts=halts)
+    assert [p.shape for p in halts] == [(400, 3, 1)] * 3
+    after = [block.eval()(z, k) for k in (1, 2, 3)]
+    taken = torch.stack([(out - each).abs().amax((1, 2)) < 1e-6 for each in after])
+    assert (taken.sum(0) == 1).all()  # a row takes one number of steps, at all its positions
+    assert all(100 < count < 170 for count in taken.sum(1).tolist())
+    assert torch.equal(block(z), after[2])  # and all of them when it is not trained
+
+
 def test_thinking_steps_are_validated():
     with pytest.raises(ValueError, match="thinking_steps=-1"):
         reasoning_block()(torch.zeros(1, 1, 16), -1)

@@ -290,6 +290,7 @@ REFUSED = [
     (["--replay-weight", "nan"], "replay_weight=nan: accepted is a number ≥ 0"),
     (["--replay-depth", "-1"], "replay_depth=-1: accepted is an integer ≥ 0"),
     (["--replay-depth", "9"], "replay_depth=9: accepted is from 0 to 1, the model's blocks"),
+    (["--set", "thinking_reads=true", "--replay-depth", "1"], "replay_depth=1: accepted with thinking_reads, of the"),
     (["--amplifier", "loud"], "amplifier='loud': accepted is one of auto, off, anchor, rate, both, surprise, all"),
     (["--persistence", "1"], "persistence='1': accepted is one of auto, off, on"),
     (["--persistence-strength", "inf"], "persistence_strength=inf: accepted is a number ≥ 0"),

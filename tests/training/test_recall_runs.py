@@ -1,4 +1,5 @@
-"""Recall tasks in training: weights reach the loss, memory takes no tasks, and a run with them resumes exactly."""
+"""Recall tasks in training: weights reach the loss, memory takes no tasks, and a run with them resumes exactly. What
+writing and thinking cost."""
 
 import copy
 
@@ -162,4 +163,53 @@ def test_a_price_makes_it_write_less():
         with torch.no_grad():
             model(batch, writes=(writes := []))
         strengths[price] = writes[0].mean().item()
-    assert strengths[4.0] < 0.05 < 0.2 < strengths[0.0]
+    assert strengths[4.0] < 0.02 < 0.1 < strengths[0.0]
+
+
+# ── what thinking costs ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("rehearses", [False, True])
+def test_the_ponder_cost_is_that_of_the_steps_taken(rehearses):
+    """Against the gradient of 1 − p_halt itself, taken by autograd on a model of its own."""
+    (batch,) = noise(1)
+    gradients = {}
+    for cost in (0.0, 3.0):
+        model = make_random_model()
+        step = rehearsing(model, replay="recomputed") if rehearses else TrainingStep(model, MuonAdamW(model))
+        before = copy.deepcopy(model)
+        step.ponder_cost = cost
+        halt = model.reasoning.halt.weight
+        halt.register_hook(lambda gradient, cost=cost: gradients.update({cost: gradient.clone()}))
+        torch.manual_seed(0)  # of what is drawn to be rehearsed
+        step.run(batch)
+    before(torch.cat([batch, rows_drawn(step, 64)]) if rehearses else batch, halts=(halts := []))
+    assert len(halts) == 3
+    (expected,) = torch.autograd.grad(3.0 * (1 - torch.stack(halts)).mean(), before.reasoning.halt.weight)
+    torch.testing.assert_close(gradients[3.0] - gradients[0.0], expected, rtol=1e-3, atol=1e-6)
+    assert expected.abs().max() > 1e-3
+
+
+def test_a_ponder_cost_makes_it_think_less():
+    shares = {}
+    for cost in (0.0, 1.0):
+        model = make_random_model()
+        step = TrainingStep(model, MuonAdamW(model, lr=0.01), ponder_cost=cost)
+        for batch in noise(40):
+            step.run(batch)
+        with torch.no_grad():
+            model(batch, halts=(halts := []))
+        shares[cost] = 1 - torch.stack(halts).mean().item()
+    assert shares[1.0] < 0.1 < 0.4 < shares[0.0]
+
+
+@pytest.mark.parametrize("genesis", ["off", "all"])
+def test_a_run_that_skips_and_reads_and_pays_resumes_to_the_bit(curriculum, script, tmp_path, capsys, genesis):  # noqa: F811
+    arguments = [*RUN, "--curriculum", curriculum, "--steps", 12, "--genesis", genesis, "--ponder-cost", 0.01]
+    arguments += ["--set", "thinking_skip=2", "--set", "thinking_reads=true"]
+    assert script(*arguments, "--out", tmp_path / "whole") == 0
+    assert script(*arguments, "--out", tmp_path / "parts", stop_at=7) == 0
+    assert script("--resume", "--out", tmp_path / "parts", "--quiet", "--sample-bytes", 20) == 0
+    assert identical(tmp_path / "whole", tmp_path / "parts")
+    assert script(*arguments, "--ponder-cost", "-0.1", "--out", tmp_path / "bad") == 2
+    assert "ponder_cost=-0.1: accepted is a number ≥ 0" in capsys.readouterr().err

@@ -225,13 +225,13 @@ def _held_out(texts: Sequence[bytes], labels: Sequence[bool], share: float, seed
 def read_latents(model: AGIFormer, x: Tensor) -> Iterator[Tensor]:
     """Latents of bytes x [B, n·P], in pieces [B, T, D], n + 1 in all: the first has read nothing, the last all of x."""
     z, state = model.trunk(model.start_latents(x.shape[0]))
-    yield model.think(z)
+    yield model.think(z, state)
     P, overlap, tail = model.config.patch_size, model.config.patch_overlap, None
     for piece in x.split(PIECE * P, 1):
         if piece.shape[1]:
             z, state = model.trunk(model.encoder(piece, tail), state)
             tail = piece[:, piece.shape[1] - overlap :]
-            yield model.think(z)
+            yield model.think(z, state)
 
 
 def _read(model: AGIFormer, texts: Sequence[bytes], done: Callable[[int], object]) -> Iterator[tuple]:
