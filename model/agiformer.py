@@ -206,7 +206,7 @@ class AGIFormer(nn.Module):
         halt_threshold: float | None = None,
         halts: list[Tensor] | None = None,
     ) -> Tensor:
-        """The reasoning block on z [B, T, D]; where thinking reads memory, with the state that the trunk returned with z.
+        """The reasoning block on z [B, T, D]; where thinking reads memory, with the state that came with z.
 
         It works on the first column's channels. To `halts`, if given, p_halt [B, T, 1] of every step is appended.
         """

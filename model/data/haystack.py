@@ -49,7 +49,9 @@ class Language:
     haystack: sentences around a needle that is tested.
     asides: sentences in tasks that are learned from.
     needles: (needle, question up to the answer), both over {who}, the needle also over {key}.
-    held_out: the same, in words that no task to learn from has.
+    taught: the same, over one of `things` too: many ways of saying what is to be remembered, which are not tested, so
+        that it is not the words of `needles` alone that are learned.
+    held_out: as `needles`, in words that no task to learn from has.
     keys: words of KEY_BYTES bytes that occur nowhere else in the language.
     """
 
@@ -57,6 +59,8 @@ class Language:
     asides: Sentences
     who: tuple[str, ...]
     needles: tuple[tuple[str, str], ...]
+    taught: tuple[tuple[str, str], ...]
+    things: tuple[str, ...]
     held_out: tuple[tuple[str, str], ...]
     keys: tuple[str, ...]
 
@@ -169,6 +173,25 @@ ENGLISH = Language(
         ("The key of {who} is {key}.", "Tell me the key of {who}. It is "),
         ("{who} lives at number {key}.", "Where does {who} live? At number "),
         ("Note that {who} has the badge {key}.", "Which badge does {who} have? The badge "),
+    ),
+    taught=(
+        ("The {thing} of {who} is {key}.", "What is the {thing} of {who}? The {thing} of {who} is "),
+        ("The {thing} of {who} is {key}.", "{who} has which {thing}? It is "),
+        ("{who} has the {thing} {key}.", "What {thing} does {who} have? {who} has the {thing} "),
+        ("{key} is the {thing} of {who}.", "Say the {thing} of {who}: "),
+        ("The {thing} that {who} got was {key}.", "Which {thing} did {who} get? "),
+        ("For the {thing}, {who} wrote {key}.", "What did {who} write for the {thing}? {who} wrote "),
+        ("{who} told me the {thing}: {key}.", "What was the {thing} that {who} told me? "),
+        ("They gave {who} {key} as a {thing}.", "Which {thing} did they give {who}? They gave {who} "),
+        ("{who}, {thing}: {key}.", "{who}, {thing}: "),
+        ("Do not forget that the {thing} of {who} will be {key}.", "What will the {thing} of {who} be? It will be "),
+        ("In the list, {who} stands under {thing} {key}.", "Where does {who} stand in the list? Under {thing} "),
+        ("When asked for a {thing}, {who} says {key}.", "Asked for a {thing}, what does {who} say? {who} says "),
+    ),
+    things=(
+        *words("room ticket seat locker telephone street file nickname bus train medal bell house team prize signal"),
+        *("room number", "favourite word", "entry code", "bank account", "library card", "flight number", "user name"),
+        *("birth year", "family name", "second password", "pin code", "order number", "home town", "lucky number"),
     ),
     held_out=(
         ("The safe of {who} opens with {key}.", "What opens the safe of {who}? The safe of {who} opens with "),
@@ -284,6 +307,23 @@ TURKISH = Language(
         ("{who} adlı kişinin anahtarı {key}.", "{who} adlı kişinin anahtarını söyle. Anahtar "),
         ("{who} şu numarada oturuyor: {key}.", "{who} nerede oturuyor? Numarası "),
         ("Not et, {who} için rozet {key}.", "{who} hangi rozeti taşıyor? Rozet "),
+    ),
+    taught=(
+        ("{who} için {thing} {key}.", "{who} için {thing} nedir? {who} için {thing} "),
+        ("{who} adına kayıtlı {thing}: {key}.", "{who} adına kayıtlı {thing} nedir? "),
+        ("{key}, {who} kişisinin {thing} bilgisidir.", "{who} kişisinin {thing} bilgisini söyle: "),
+        ("{who} bize {thing} olarak {key} dedi.", "{who} bize {thing} olarak ne dedi? Şunu dedi: "),
+        ("{thing} sorulunca {who} {key} diyor.", "{thing} sorulunca {who} ne diyor? "),
+        ("{who}, {thing}: {key}.", "{who}, {thing}: "),
+        ("Listede {who} yanında {thing} {key} yazıyor.", "Listede {who} yanında hangi {thing} yazıyor? "),
+        ("{who} kendine {thing} olarak {key} almış.", "{who} kendine hangi {thing} almış? "),
+        ("Deftere göre {who} ve {thing} eşleşmesi {key} oldu.", "Deftere göre {who} ve {thing} eşleşmesi ne oldu? "),
+        ("{who} artık {thing} yerine {key} kullanıyor.", "{who} artık {thing} yerine ne kullanıyor? "),
+    ),
+    things=(
+        *words("oda bilet koltuk dolap telefon sokak dosya lakap otobüs tren madalya zil takım ödül işaret soyadı"),
+        *("oda numarası", "sevdiği kelime", "giriş kodu", "banka hesabı", "uçuş numarası", "kullanıcı adı", "pin kodu"),
+        *("doğum yılı", "ikinci parola", "sipariş numarası", "memleket", "uğurlu sayı", "kütüphane kartı"),
     ),
     held_out=(
         ("{who} kasasını {key} ile açıyor.", "{who} kasasını ne ile açıyor? {who} kasasını "),

@@ -180,9 +180,12 @@ def _needles(L: int, task: str, languages, difficulty: float, rng: random.Random
     for _ in range(count):
         language = LANGUAGES[rng.choice(languages)]
         phrasing = rng.choice(language.needles)
+        if rng.random() < 0.5:
+            thing = rng.choice(language.things)
+            phrasing = tuple(text.replace("{thing}", thing) for text in rng.choice(language.taught))
         who = rng.choice(language.who) if rng.random() < 0.3 else name(rng)
-        if (phrasing, who) not in known:
-            known.add((phrasing, who))
+        if (phrasing[0], who) not in known:
+            known.add((phrasing[0], who))
             facts.append((phrasing, who, key(language.keys, rng)))
 
     def tell(i: int, told: str | None = None) -> _Piece:

@@ -38,7 +38,8 @@ AVAILABLE = triton is not None  # whether the kernels can be called at all; they
 CHUNK = 64  # steps per chunk, as in model.kernels.chunked; fewer for short sequences
 ROWS = 32  # rows of any product's result: 64 would be wgmma
 COLUMNS = 64  # columns of a result: more than rows, or warps would be given the same rows twice
-STEP = 32  # channels that a product takes at once
+STEP, STEPS = 16, 32  # channels, and steps of a chunk, that a product takes at once
+WARPS, REGISTERS = 8, 128  # of a program with 64 columns: two of them on a multiprocessor of Hopper
 WIDEST = 128  # E
 CARRIED = 512  # elements of a state that one program carries
 
@@ -89,8 +90,12 @@ class Shape:
         self.state_rows = min(ROWS, self.width)  # of a state, in one program
         self.columns = min(COLUMNS, self.width)
         self.step = min(STEP, self.width)
+        self.steps = min(STEPS, self.C)
         self.blocks = self.C // self.rows
-        self.warps = 4 if self.rows * self.columns > 1024 else 2
+        # Warps share the columns, at least 8 each.
+        self.launch = {"num_warps": 4 if self.columns == 32 else 2}
+        if self.columns == COLUMNS:
+            self.launch = {"num_warps": WARPS, "maxnreg": REGISTERS}
 
     def sizes(self) -> tuple[int, ...]:
         """The arguments of every kernel over chunks: H, N, T, E, C."""
@@ -131,13 +136,13 @@ class _TritonHebbian(torch.autograd.Function):
         states = q.new_empty(s.chunks, s.E * s.E + s.E)
         squares = -(-s.E // s.state_rows) * -(-s.E // s.columns)
         writes_kernel[(s.chunks * squares,)](
-            k, k.stride(), v, v.stride(), sums, states, *s.sizes(), s.state_rows, s.columns, num_warps=s.warps
+            k, k.stride(), v, v.stride(), sums, states, *s.sizes(), s.state_rows, s.columns, s.steps, **s.launch
         )
         M_out, z_out = _carry(states, sums, M, z, s, reverse=False)
         out, normaliser = heads_last(q), q.new_empty(s.chunks, s.C)
         outputs_kernel[(s.chunks * s.blocks * -(-s.E // s.columns),)](
             q, q.stride(), k, k.stride(), v, v.stride(), sums, states, out, out.stride(), normaliser,
-            *s.sizes(), s.rows, s.columns, s.step, True, EPSILON, num_warps=s.warps,
+            *s.sizes(), s.rows, s.columns, s.step, True, EPSILON, **s.launch,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, sums, states, out, normaliser)
         return out, M_out, z_out
@@ -152,10 +157,10 @@ class _TritonHebbian(torch.autograd.Function):
         squares = -(-s.E // s.state_rows) * -(-s.E // s.columns)
         reads_gradient_kernel[(s.chunks * squares,)](
             q, q.stride(), d_out, d_out.stride(), out, out.stride(), sums, normaliser, d_normaliser, d_states,
-            *s.sizes(), s.state_rows, s.columns, s.step, num_warps=s.warps,
+            *s.sizes(), s.state_rows, s.columns, s.steps, s.step, **s.launch,
         )  # fmt: skip
         d_M, d_z = _carry(d_states, sums, d_M.contiguous(), d_z.contiguous(), s, reverse=True)
-        d_q, d_k, d_v, parts = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         parts = q.new_empty(s.chunks, 2 * s.blocks, s.C)
         inner_gradients(q, k, v, d_out, sums, states, d_states, normaliser, d_normaliser, d_q, d_k, d_v, parts, s, True)
         return d_q, d_k, d_v, decay_gradient(parts, s), d_M, d_z
@@ -174,16 +179,16 @@ def _carry(states: Tensor, sums: Tensor, M: Tensor, z: Tensor, s: Shape, reverse
 def inner_gradients(
     q, k, v, d_out, sums, states, d_states, normaliser, d_normaliser, d_q, d_k, d_v, parts, s: Shape, normalise: bool
 ) -> None:
-    """Write d_q, d_k, d_v and the first 2 · blocks parts of log λ's gradient; d_states: of the state after each chunk."""
+    """Write d_q, d_k, d_v, and 2 · blocks parts of log λ's gradient. d_states: that of the state after each chunk."""
     grid = (s.chunks * s.blocks,)
     shared = (*s.sizes(), s.rows, s.columns, s.step, normalise, parts.shape[1])
     query_gradients_kernel[grid](
         q, q.stride(), k, k.stride(), v, v.stride(), d_out, d_out.stride(), sums, normaliser, d_normaliser, states,
-        d_q, d_q.stride(), parts, *shared, num_warps=s.warps,
+        d_q, d_q.stride(), parts, *shared, **s.launch,
     )  # fmt: skip
     key_gradients_kernel[grid](
         q, q.stride(), k, k.stride(), v, v.stride(), d_out, d_out.stride(), sums, normaliser, d_normaliser, states,
-        d_states, d_k, d_k.stride(), d_v, d_v.stride(), parts, *shared, num_warps=s.warps,
+        d_states, d_k, d_k.stride(), d_v, d_v.stride(), parts, *shared, **s.launch,
     )  # fmt: skip
 
 
@@ -258,45 +263,59 @@ if triton is not None:
 
     @triton.jit
     def writes_kernel(
-        k, ks, v, vs, sums, states, H, N, T, E: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
-    ):
+        k, ks, v, vs, sums, states,
+        H, N, T, E: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
+    ):  # fmt: skip
         """What each chunk adds to M and to z."""
         ACROSS: tl.constexpr = (E + BV - 1) // BV
         tile, chunk, b, h, first, left = place(H, N, T, C, (E + BK - 1) // BK * ACROSS)
-        e, x, j = tile // ACROSS * BK + tl.arange(0, BK), tile % ACROSS * BV + tl.arange(0, BV), tl.arange(0, C)
-        at_end = between(sums + chunk * 3 * C, C - 1, j, C)
-        keys = load_t(at(k, ks, b, h, first), ks, e, j, left, E) * at_end[None, :]
-        write = dot(keys, load(at(v, vs, b, h, first), vs, j, x, left, E))
+        e, x = tile // ACROSS * BK + tl.arange(0, BK), tile % ACROSS * BV + tl.arange(0, BV)
+        k, v = at(k, ks, b, h, first), at(v, vs, b, h, first)
+        sums += chunk * 3 * C
+        write = tl.zeros([BK, BV], tl.float32)
+        total = tl.zeros([BK], tl.float32)
+        for j0 in range(0, C, BC):
+            j = j0 + tl.arange(0, BC)
+            keys = load_t(k, ks, e, j, left, E) * between(sums, C - 1, j, C)[None, :]
+            write += dot(keys, load(v, vs, j, x, left, E))
+            total += tl.sum(keys, 1)
         states += chunk * (E * E + E)
         tl.store(states + e[:, None] * E + x[None, :], write, (e[:, None] < E) & (x[None, :] < E))
         if tile % ACROSS == 0:
-            tl.store(states + E * E + e, tl.sum(keys, 1), e < E)
+            tl.store(states + E * E + e, total, e < E)
 
     @triton.jit
     def reads_gradient_kernel(
         q, qs, d_out, ds, out, os, sums, normaliser, d_normaliser, d_states,
-        H, N, T, E: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr,
+        H, N, T, E: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
+        BX: tl.constexpr,
     ):  # fmt: skip
         """What each chunk's outputs add to the gradient of the state before it; and the gradient of the normaliser."""
         ACROSS: tl.constexpr = (E + BV - 1) // BV
         tile, chunk, b, h, first, left = place(H, N, T, C, (E + BK - 1) // BK * ACROSS)
-        e, x, i = tile // ACROSS * BK + tl.arange(0, BK), tile % ACROSS * BV + tl.arange(0, BV), tl.arange(0, C)
-        d_out = at(d_out, ds, b, h, first)
-        inverse = 1.0 / tl.load(normaliser + chunk * C + i)
-        queries = load_t(at(q, qs, b, h, first), qs, e, i, left, E) * since_start(sums + chunk * 3 * C, i, C)[None, :]
-        d_M = dot(queries, load(d_out, ds, i, x, left, E) * inverse[:, None])
+        e, x = tile // ACROSS * BK + tl.arange(0, BK), tile % ACROSS * BV + tl.arange(0, BV)
+        q, d_out, out = at(q, qs, b, h, first), at(d_out, ds, b, h, first), at(out, os, b, h, first)
+        sums += chunk * 3 * C
+        d_M = tl.zeros([BK, BV], tl.float32)
+        d_z = tl.zeros([BK], tl.float32)
+        for i0 in range(0, C, BC):
+            i = i0 + tl.arange(0, BC)
+            inverse = 1.0 / tl.load(normaliser + chunk * C + i)
+            queries = load_t(q, qs, e, i, left, E) * since_start(sums, i, C)[None, :]
+            d_M += dot(queries, load(d_out, ds, i, x, left, E) * inverse[:, None])
+            if tile % ACROSS == 0:
+                of_normaliser = tl.zeros([BC], tl.float32)
+                for x0 in range(0, E, BX):
+                    some = x0 + tl.arange(0, BX)
+                    of_normaliser -= tl.sum(load(d_out, ds, i, some, left, E) * load(out, os, i, some, left, E), 1)
+                of_normaliser *= inverse
+                d_z += tl.sum(queries * of_normaliser[None, :], 1)
+                if tile == 0:
+                    tl.store(d_normaliser + chunk * C + i, of_normaliser)
         d_states += chunk * (E * E + E)
         tl.store(d_states + e[:, None] * E + x[None, :], d_M, (e[:, None] < E) & (x[None, :] < E))
         if tile % ACROSS == 0:
-            out = at(out, os, b, h, first)
-            of_normaliser = inverse * 0.0
-            for x0 in range(0, E, BX):
-                some = x0 + tl.arange(0, BX)
-                of_normaliser -= tl.sum(load(d_out, ds, i, some, left, E) * load(out, os, i, some, left, E), 1)
-            of_normaliser *= inverse
-            tl.store(d_states + E * E + e, tl.sum(queries * of_normaliser[None, :], 1), e < E)
-            if tile == 0:
-                tl.store(d_normaliser + chunk * C + i, of_normaliser)
+            tl.store(d_states + E * E + e, d_z, e < E)
 
     @triton.jit
     def carry_step(x, write, state, sums, inside, C: tl.constexpr):

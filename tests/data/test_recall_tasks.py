@@ -2,6 +2,7 @@
 
 import random
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -55,16 +56,16 @@ def test_the_last_value_told_is_the_answer():
     """Read by a parser of its own, for every language and phrasing: what the statement said last is what is asked."""
     seen = updated = 0
     for task in ("needle", "update"):
-        for row in rows(task, 4096, 1.0, count=60):
+        for row in rows(task, 4096, 1.0, count=20):
             for start, stop, _ in row.answers:
                 before = row.data[:start].decode(errors="replace")
                 for language in LANGUAGES.values():
-                    for statement, question in language.needles:
-                        asked = re.search(_pattern(question) + "$", before)
+                    for statement, ends in phrasings(language):
+                        asked = ends.search(before[-200:])
                         if not asked:
                             continue
                         who = asked["who"]
-                        told = list(re.finditer(_pattern(statement, who), before[: asked.start()]))
+                        told = list(re.finditer(_pattern(statement, who), before[: -len(asked[0])]))
                         if not told:
                             continue
                         seen += 1
@@ -72,7 +73,7 @@ def test_the_last_value_told_is_the_answer():
                         if stop < 4096:
                             assert told[-1]["key"].encode() == row.data[start:stop]
                         assert row.data[start:stop].decode() == told[-1]["key"][: stop - start]
-    assert seen > 300 and updated > 50
+    assert seen > 100 and updated > 20
 
 
 @pytest.mark.parametrize("task", ["needle", "update", "lines"])
@@ -93,6 +94,17 @@ def test_asides_stand_in_the_haystack_and_count_as_nothing(task):
     assert 400 < max(stop - start for row in many for start, stop in row.inserted) < 8192 / 4 + 256
     english = RecallOptions(1.0, languages=("en",))
     assert not any(b"bilmiyor" in row.data for row in rows(task, 8192, 1.0, options=english))
+
+
+@cache
+def phrasings(language):
+    """All that may be told and asked: (statement, pattern of its question at the end of a text)."""
+    taught = [
+        tuple(text.replace("{thing}", thing) for text in texts)
+        for texts in language.taught
+        for thing in language.things
+    ]
+    return [(told, re.compile(_pattern(asked) + "$")) for told, asked in (*language.needles, *taught)]
 
 
 def _pattern(template: str, who: str | None = None) -> str:

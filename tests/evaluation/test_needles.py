@@ -73,7 +73,7 @@ def test_held_out_phrasings_are_taught_nowhere():
     for language in LANGUAGES.values():
         for text in itertools.chain(*language.held_out):
             skeleton = text.replace("{who}", "").replace("{key}", "").split()
-            for learned in itertools.chain(*language.needles):
+            for learned in itertools.chain(*language.needles, *language.taught):
                 assert text != learned and skeleton != learned.replace("{who}", "").replace("{key}", "").split()
 
 
@@ -95,7 +95,8 @@ def test_asides_are_not_the_haystack_that_is_tested():
 def test_keys_have_one_length_and_occur_nowhere_else():
     for language in LANGUAGES.values():
         parts = [words for sentences in (language.haystack, language.asides) for words in texts(sentences).values()]
-        parts += [language.who, sum(language.needles, ()), sum(language.held_out, ())]
+        parts += [language.who, language.things]
+        parts += [sum(pairs, ()) for pairs in (language.needles, language.taught, language.held_out)]
         vocabulary = " ".join(" ".join(part) for part in parts).lower()
         assert not any(character.isdigit() for character in vocabulary)
         assert len(set(language.keys)) == len(language.keys)

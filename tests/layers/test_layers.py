@@ -292,7 +292,7 @@ def test_a_step_reads_fast_weights_with_its_own_query(rule):
     _, second = memory(x[:, 3:], alpha, first)
     out = torch.cat([block(z[:, :3], read=first.read), block(z[:, 3:], read=second.read)], 1)
 
-    q, k, v = F.linear(x, memory.qkv.weight).unflatten(-1, (3, 2, 8)).unbind(2)
+    _, k, v = F.linear(x, memory.qkv.weight).unflatten(-1, (3, 2, 8)).unbind(2)
     k = F.normalize(k, dim=-1) if rule == "delta" else F.elu(k) + 1
     gates = torch.sigmoid(x @ memory.gates.weight.T + memory.gates.bias)
     for row in range(2):

@@ -111,7 +111,7 @@ def test_memory_takes_no_rows_with_tasks():
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("rehearses", [False, True])
-def test_the_price_is_that_of_the_mean_writing_strength(weighted, rehearses):
+def test_the_price_is_that_of_the_writing_strengths(weighted, rehearses):
     """Against the gradient of the strengths themselves, taken by autograd on a model of its own."""
     (batch,) = noise(1)
     weights = weights_of(batch) if weighted else None
@@ -127,7 +127,7 @@ def test_the_price_is_that_of_the_mean_writing_strength(weighted, rehearses):
         torch.manual_seed(0)  # of what is drawn to be rehearsed
         step.run(batch, weights)
     before(torch.cat([batch, rows_drawn(step, 64)]) if rehearses else batch, writes=(writes := []))
-    (expected,) = torch.autograd.grad(3.0 * writes[0].mean(), before.head.memory.gates.weight)
+    (expected,) = torch.autograd.grad(3.0 * (1 - (1 - writes[0]) ** 2).mean(), before.head.memory.gates.weight)
     torch.testing.assert_close(gradients[3.0] - gradients[0.0], expected, rtol=1e-3, atol=1e-6)
     assert expected.abs().max() > 1e-3
 

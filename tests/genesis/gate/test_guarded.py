@@ -98,7 +98,7 @@ def unsafe_share(texts):
 
 
 def test_guarded_generation_says_less_that_is_unsafe(writer_model, word_gate):
-    prompts = [b"sun tea "] * 24
+    prompts = [b"sun tea "] * 96
     alone = write_patches(make_writer(writer_model, word_gate, prompts, tries=0), 40)
     guarded = write_patches(make_writer(writer_model, word_gate, prompts, tries=4), 40)
     assert unsafe_share(alone[1]) > 0.35
