@@ -121,6 +121,8 @@ def _locked_start(folder: str) -> tuple[AGIFormer, dict[str, torch.Tensor]]:
     from model.sgm.lifelong import LifelongLearner
     from model.sgm.locking import by_parameter
 
+    if not LifelongLearner.is_at(folder):
+        raise ValueError(f"--locks {folder}: accepted is a folder that python -m model.sgm has made")
     with LifelongLearner.open(folder, read_only=True) as learner:
         return learner.model, by_parameter(learner.population, learner.learner.locked)
 

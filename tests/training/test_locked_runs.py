@@ -118,7 +118,7 @@ def test_the_folder_learns_on_with_what_was_trained(folder, script, curriculum, 
 
 
 BAD = {
-    "--locks missing": "path='{here}/missing': accepted is a folder that was made by `create`",
+    "--locks missing": "--locks {here}/missing: accepted is a folder that python -m model.sgm has made",
     "--locks sgm --set d_model=64": "--set d_model=64: differs from the model of --locks; leave it out",
     "--locks sgm --hull swiglu": "--set hull=swiglu: differs from the model of --locks; leave it out",
 }
