@@ -53,11 +53,11 @@ def parse_arguments() -> argparse.Namespace:
         "--write-price",
         type=float,
         metavar="NATS",
-        help="a byte, of writing everything into the byte memory, once there are tasks (default: 4)",
+        help="a byte, of writing everything into the byte memory, in stages with tasks (default: 4)",
     )
 
     how.add_argument(
-        "--ponder-cost", type=float, metavar="NATS", help="a byte, of thinking all steps in full (default: 0)"
+        "--ponder-cost", type=float, metavar="NATS", help="of 1 − p_halt, the mean over all thinking steps (default: 0)"
     )
 
     petals = parser.add_argument_group("petals and growth (docs/petals.md, docs/growth.md)")

@@ -126,7 +126,7 @@ class AGIFormer(nn.Module):
         """
         self._check_bytes(x)
         z, state = self.trunk(self.latents(x))
-        z = self.think(z, state, thinking_steps, halt_threshold, halts)
+        z = self.think(z, state, steps=thinking_steps, halt_threshold=halt_threshold, halts=halts)
         return self.read_out(z, x, writes)
 
     def latents(self, x: Tensor) -> Tensor:
@@ -202,6 +202,7 @@ class AGIFormer(nn.Module):
         self,
         z: Tensor,
         state: TrunkState | None = None,
+        *,
         steps: int | None = None,
         halt_threshold: float | None = None,
         halts: list[Tensor] | None = None,
@@ -213,12 +214,13 @@ class AGIFormer(nn.Module):
         first, *added = self._split(z)
         read = None
         if self.config.thinking_reads:
-            if state is None:
-                raise ValueError("state=None: accepted with thinking_reads is the state that the trunk returned with z")
-            last = state.blocks[len(self.blocks) - 1]
+            last = None if state is None else state.blocks[len(self.blocks) - 1]
             while isinstance(last, NodeState):
                 last = last.left
-            read = last.memory.read
+            read = None if last is None else last.memory.read
+            if read is None:
+                given = "None" if state is None else "a copy"
+                raise ValueError(f"state={given}: accepted with thinking_reads is what the trunk returned with z")
         first = self.reasoning(first, steps, halt_threshold, read, halts)
         return torch.cat([first, *added], -1) if added else first
 

@@ -87,6 +87,18 @@ def test_thinking_steps_per_call(tiny_model):
 
 
 @torch.no_grad()
+def test_thinking_that_reads_wants_the_trunks_state():
+    model, x = make_random_model(thinking_reads=True).eval(), random_bytes(1, 30)
+    z, state = model.trunk(model.latents(x))
+    assert torch.equal(model.read_out(model.think(z, state), x), model(x))
+    for given, said in ((None, "None"), (state.clone(), "a copy")):
+        with pytest.raises(ValueError, match=f"state={said}: accepted with thinking_reads is what the trunk returned"):
+            model.think(z, given)
+    with pytest.raises(TypeError):
+        model.think(z, state, 2)  # a number of steps has its name
+
+
+@torch.no_grad()
 def test_plasticity_reaches_every_memory(tiny_model):
     x = random_bytes(1, 60)
     model = tiny_model(window=2)

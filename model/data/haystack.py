@@ -51,7 +51,7 @@ class Language:
     needles: (needle, question up to the answer), both over {who}, the needle also over {key}.
     taught: the same, over one of `things` too: many ways of saying what is to be remembered, which are not tested, so
         that it is not the words of `needles` alone that are learned.
-    held_out: as `needles`, in words that no task to learn from has.
+    held_out: as `needles`, of something, and in a form of words, that no task to learn from has.
     keys: words of KEY_BYTES bytes that occur nowhere else in the language.
     """
 
@@ -182,11 +182,11 @@ ENGLISH = Language(
         ("The {thing} that {who} got was {key}.", "Which {thing} did {who} get? "),
         ("For the {thing}, {who} wrote {key}.", "What did {who} write for the {thing}? {who} wrote "),
         ("{who} told me the {thing}: {key}.", "What was the {thing} that {who} told me? "),
-        ("They gave {who} {key} as a {thing}.", "Which {thing} did they give {who}? They gave {who} "),
+        ("They gave {who} {key} as the {thing}.", "Which {thing} did they give {who}? They gave {who} "),
         ("{who}, {thing}: {key}.", "{who}, {thing}: "),
         ("Do not forget that the {thing} of {who} will be {key}.", "What will the {thing} of {who} be? It will be "),
         ("In the list, {who} stands under {thing} {key}.", "Where does {who} stand in the list? Under {thing} "),
-        ("When asked for a {thing}, {who} says {key}.", "Asked for a {thing}, what does {who} say? {who} says "),
+        ("When asked for the {thing}, {who} says {key}.", "Asked for the {thing}, what does {who} say? {who} says "),
     ),
     things=(
         *words("room ticket seat locker telephone street file nickname bus train medal bell house team prize signal"),
@@ -283,7 +283,7 @@ _TURKISH_ASIDES = Sentences(
     ),
     times=(
         "dün",
-        "gece yarısı",
+        "şafakta",
         "ilkbaharda",
         "savaş sırasında",
         "haftada bir",
@@ -309,7 +309,7 @@ TURKISH = Language(
         ("Not et, {who} için rozet {key}.", "{who} hangi rozeti taşıyor? Rozet "),
     ),
     taught=(
-        ("{who} için {thing} {key}.", "{who} için {thing} nedir? {who} için {thing} "),
+        ("{who} ile ilgili {thing} {key}.", "{who} ile ilgili {thing} hangisi? {who} ile ilgili {thing} "),
         ("{who} adına kayıtlı {thing}: {key}.", "{who} adına kayıtlı {thing} nedir? "),
         ("{key}, {who} kişisinin {thing} bilgisidir.", "{who} kişisinin {thing} bilgisini söyle: "),
         ("{who} bize {thing} olarak {key} dedi.", "{who} bize {thing} olarak ne dedi? Şunu dedi: "),

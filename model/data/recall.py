@@ -176,16 +176,16 @@ def _placed(L: int, difficulty: float, rng: random.Random, tell, ask, count: int
 
 def _needles(L: int, task: str, languages, difficulty: float, rng: random.Random) -> list[tuple[float, _Piece]]:
     count = rng.randint(1, max(1, L // SPACING))
-    known, facts = set(), []
+    known, facts = set(), []  # what has been said of whom; (phrasing, who, value)
     for _ in range(count):
         language = LANGUAGES[rng.choice(languages)]
-        phrasing = rng.choice(language.needles)
+        phrasing = about = rng.choice(language.needles)
         if rng.random() < 0.5:
-            thing = rng.choice(language.things)
-            phrasing = tuple(text.replace("{thing}", thing) for text in rng.choice(language.taught))
+            about = rng.choice(language.things)
+            phrasing = tuple(text.replace("{thing}", about) for text in rng.choice(language.taught))
         who = rng.choice(language.who) if rng.random() < 0.3 else name(rng)
-        if (phrasing[0], who) not in known:
-            known.add((phrasing[0], who))
+        if (about, who) not in known:  # one value of one thing, in whatever words
+            known.add((about, who))
             facts.append((phrasing, who, key(language.keys, rng)))
 
     def tell(i: int, told: str | None = None) -> _Piece:
@@ -194,7 +194,7 @@ def _needles(L: int, task: str, languages, difficulty: float, rng: random.Random
 
     def ask(i: int) -> _Piece:
         (statement, question), who, value = facts[i]
-        end = statement.split("{key}")[1]
+        end = statement.split("{key}")[1].format(who=who)
         return _Piece((" " + question.format(who=who)).encode(), value.encode(), (end + " ").encode(), fact=i)
 
     events = _placed(L, difficulty, rng, tell, ask, len(facts))
@@ -209,25 +209,40 @@ def _needles(L: int, task: str, languages, difficulty: float, rng: random.Random
 
 
 def _with_asides(text: bytes, languages, rng: random.Random) -> tuple[bytes, list[tuple[int, int]]]:
-    """Text with asides in the place of some of it, and where they are. Lengths are drawn evenly in the logarithm."""
+    """Text with asides in the place of some of it, and where they are. Lengths are drawn evenly in the logarithm.
+
+    An aside is whole sentences, and stands where words end if some do nearby, between characters in any case.
+    """
     L, spans = len(text), []
-    for _ in range(rng.randint(0, MOST_ASIDES)):
-        size = math.exp(rng.uniform(math.log(MIN_LENGTH / 2), math.log(max(MIN_LENGTH, L / 4))))
-        sentences, passage = LANGUAGES[rng.choice(languages)].asides.draw(rng), b" "
-        while len(passage) < size:
-            passage += next(sentences).encode() + b" "
-        start = rng.randrange(L)
-        stop = start + len(passage)
-        if stop <= L and all(stop <= a or b <= start for a, b in spans):
+    for _ in range(rng.randint(0, MOST_ASIDES) if L // 4 >= SHORTEST else 0):
+        size = math.exp(rng.uniform(math.log(SHORTEST), math.log(L / 4)))
+        sentences, passage = LANGUAGES[rng.choice(languages)].asides.draw(rng), b""
+        while len(passage) + len(sentence := b" " + next(sentences).encode()) <= size:
+            passage += sentence
+        start = _word_end(text, rng.randrange(L))
+        stop = _word_end(text, start + len(passage))
+        # What gives way may be a little longer: spaces fill up the rest.
+        passage = passage.ljust(stop - start)
+        if passage.strip() and stop <= L and all(stop <= a or b <= start for a, b in spans):
             text = text[:start] + passage + text[stop:]
             spans.append((start, stop))
     return text, spans
 
 
+def _word_end(text: bytes, at: int) -> int:
+    """The first space from `at` on if there is one nearby, else the first byte that begins a character."""
+    space = text.find(b" ", at, at + 24)
+    if space >= 0:
+        return space
+    while at < len(text) and text[at] & 0xC0 == 0x80:
+        at += 1
+    return at
+
+
 def _lines(L: int, difficulty: float, rng: random.Random) -> list[tuple[float, _Piece]]:
     count = rng.randint(1, max(1, L // (SPACING // 2)))
     equals, asks = rng.choice(((" = ", "? "), (": ", ": "), (" -> ", " -> "), ("=", "=")))
-    names = list({word(rng, 1 + rng.randrange(3)) for _ in range(count)})
+    names = list(dict.fromkeys(word(rng, 1 + rng.randrange(3)) for _ in range(count)))
     values = [key((), rng) for _ in names]
 
     def tell(i: int) -> _Piece:
@@ -325,8 +340,7 @@ class _Writer:
             if self.size >= self.L:
                 break
             end = read + max(0, round(at) - self.size)
-            space = text.find(b" ", end, end + 24)
-            end = min(space if space >= 0 else end, len(text))
+            end = min(_word_end(text, end), len(text))
             upto(end)
             self.write([piece])
             read = end

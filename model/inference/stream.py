@@ -109,7 +109,7 @@ class ByteStream:
         # a copy lets go of both.
         copied = latents.shape[1] > 1 or self.model.config.thinking_reads
         self._trunk = state.clone() if copied else state
-        return self.model.think(z, state, self.thinking_steps, self.halt_threshold)
+        return self.model.think(z, state, steps=self.thinking_steps, halt_threshold=self.halt_threshold)
 
     def _begin_patch(self, latent: Tensor) -> None:
         """Open the patch that `latent` [B, D] predicts; `_hidden` always holds what predicts the next byte."""

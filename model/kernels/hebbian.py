@@ -5,10 +5,18 @@ from torch import Tensor
 
 from model.kernels.chunked import chunked_delta, chunked_hebbian
 from model.kernels.recurrent import EPSILON, recurrent_delta, recurrent_hebbian
+from model.kernels.triton_delta import triton_delta
+from model.kernels.triton_hebbian import triton_hebbian
 
 State = tuple[Tensor, Tensor]
 
-IMPLEMENTATIONS = ("auto", "recurrent", "chunked")
+# (Hebbian rule, delta rule) by name; "auto" is the recurrence for one step, and else the chunks.
+RULES = {
+    "recurrent": (recurrent_hebbian, recurrent_delta),
+    "chunked": (chunked_hebbian, chunked_delta),
+    "triton": (triton_hebbian, triton_delta),
+}
+IMPLEMENTATIONS = ("auto", *RULES)
 
 __all__ = ["EPSILON", "IMPLEMENTATIONS", "hebbian"]
 
@@ -40,7 +48,8 @@ def hebbian(
         log_decay: [B, H, T], log λ_t ≤ 0; −inf erases the state.
         beta: [B, H, T] writing strength in [0, 1] of the delta rule, or None for the Hebbian rule.
         state: (M [B, H, E, E], z [B, H, E]) carried from earlier steps; zeros when None.
-        impl: "recurrent" (the reference), "chunked" (parallel inside chunks), or "auto".
+        impl: "recurrent" (the reference), "chunked" (parallel inside chunks), "triton" (the same as kernels, on a CUDA
+            device, float32 and E ≤ 128 only), or "auto".
 
     Returns:
         out [B, H, T, E] and the state after step T. Both are float32, or float64 when q is.
@@ -58,12 +67,12 @@ def hebbian(
             state = (q.new_zeros(B, H, E, E), q.new_zeros(B, H, E))
         else:
             state = (state[0].to(dtype), state[1].to(dtype))
-        recurrent = impl == "recurrent" or (impl == "auto" and q.shape[2] == 1)
+        if impl == "auto":
+            impl = "recurrent" if q.shape[2] == 1 else "chunked"
+        hebbian_rule, delta_rule = RULES[impl]
         if beta is None:
-            rule = recurrent_hebbian if recurrent else chunked_hebbian
-            return rule(q, k, v, log_decay, state)
-        rule = recurrent_delta if recurrent else chunked_delta
-        return rule(q, k, v, log_decay, beta.to(dtype), state)
+            return hebbian_rule(q, k, v, log_decay, state)
+        return delta_rule(q, k, v, log_decay, beta.to(dtype), state)
 
 
 def _check(q, k, v, log_decay, beta, state, impl) -> None:

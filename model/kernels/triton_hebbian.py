@@ -9,13 +9,13 @@ Notable:
 - Decays inside a chunk are exp(S_i − S_j) of two running sums, which is safe here and only here: steps with
   log λ < −128, −inf among them, are counted and not summed (any product with one of them is exactly 0 in float32),
   so |S| < 2^13; S is summed in float64 and kept as two float32, so the difference has float32's relative error.
-- Products are `tf32x3` (each operand split in two TF32, three products, small ones added up apart): about 1e-6, on the
-  tensor cores. Single TF32 gives 3e-4 and fails the tolerance of 1e-5; `ieee` is exact to float32 but runs on the CUDA
-  cores with both operands in registers. PRECISION is the one switch.
+- Products are `tf32x3` (each operand split in two TF32, three products, small ones added up apart): 22 of float32's 24
+  bits, on the tensor cores. Single TF32 keeps 11 and fails the tolerance of 1e-5; `ieee` keeps all, on the CUDA cores,
+  where the arithmetic would take longer than the memory. PRECISION is the one switch.
 - Triton 3.4 to 3.7 miscompile some kernels on Hopper where `tl.dot` becomes wgmma (transposed accumulators, and several
   products in one kernel; flash-linear-attention issues 640 and 984). wgmma needs 64 rows of the result: no product here
   has more than ROWS = 32, so that all are mma.sync. And no accumulator is transposed: a transposed product is
-  computed as such, from operands that are loaded transposed (`_load_t`, `_matrix` with swapped strides).
+  computed as such, from operands that are loaded transposed (`load_t`, and `matrix` with its strides swapped).
 - Every number is added up in a fixed order: the same bits every time. Nothing on the host waits for the device.
 """
 
@@ -39,7 +39,7 @@ CHUNK = 64  # steps per chunk, as in model.kernels.chunked; fewer for short sequ
 ROWS = 32  # rows of any product's result: 64 would be wgmma
 COLUMNS = 64  # columns of a result: more than rows, or warps would be given the same rows twice
 STEP, STEPS = 16, 32  # channels, and steps of a chunk, that a product takes at once
-WARPS, REGISTERS = 8, 128  # of a program with 64 columns: two of them on a multiprocessor of Hopper
+REGISTERS = 128  # of a thread, of 8 warps: two programs on a multiprocessor
 WIDEST = 128  # E
 CARRIED = 512  # elements of a state that one program carries
 
@@ -93,9 +93,9 @@ class Shape:
         self.steps = min(STEPS, self.C)
         self.blocks = self.C // self.rows
         # Warps share the columns, at least 8 each.
-        self.launch = {"num_warps": 4 if self.columns == 32 else 2}
-        if self.columns == COLUMNS:
-            self.launch = {"num_warps": WARPS, "maxnreg": REGISTERS}
+        self.launch = {"num_warps": max(2, self.columns // 8)}
+        if self.columns == COLUMNS and self.C == CHUNK:
+            self.launch["maxnreg"] = REGISTERS
 
     def sizes(self) -> tuple[int, ...]:
         """The arguments of every kernel over chunks: H, N, T, E, C."""

@@ -59,6 +59,7 @@ class ByteMemory(nn.Module):
     blocks' memories, does not reach this one. So all depends on writing little. β reaches exactly 0 and 1, and is steep
     where it does (a stretched sigmoid, as in Louizos et al. 2018): what is not written cannot wear off what was, over
     any distance. A price on β in training (`TrainingStep.write_price`) makes it choose.
+    Where β is 0 it has no gradient: a gate that has shut everywhere stays shut.
 
     Args:
         head_dim: width of h.

@@ -72,7 +72,7 @@ class RecurrentReasoningBlock(nn.Module):
             halt_threshold: a position stops changing once its p_halt reaches this, and the loop ends when all
                 have (inference only: it looks at the values). None runs all K steps.
             read: of the fast weights, where `heads` is not 0.
-            halts: if given, p_halt [B, T, 1] of every step is appended to it.
+            halts: if given, p_halt [B, T, 1] of every step is appended to it; 1 where a row skips the step.
         """
         steps = self.steps if steps is None else steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
@@ -83,11 +83,12 @@ class RecurrentReasoningBlock(nn.Module):
         active = None
         for k in range(steps):
             delta, p_halt = self.step(z, read)
-            if halts is not None:
-                halts.append(p_halt)
             if skipped is not None:
                 # All steps are computed, so that shapes stay as they are.
-                delta = delta * (k < steps - skipped)
+                taken = k < steps - skipped
+                delta, p_halt = delta * taken, torch.where(taken, p_halt, 1)
+            if halts is not None:
+                halts.append(p_halt)
             if halt_threshold is not None:
                 going_on = p_halt < halt_threshold
                 active = going_on if active is None else active & going_on

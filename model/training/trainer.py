@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -324,8 +324,9 @@ class Trainer:
             self._seed_cpu(self.workers.rank)
         self.model.set_plasticity(self.curriculum.stages[index].plasticity)
         if self.training_step.priced:
-            # A memory that costs before it is of use would never be written into.
-            self.training_step.write_price.fill_(self.options.write_price * self._difficulty())
+            # A memory that costs before it is of use, or where nothing asks for it, would never be written into.
+            price = self.options.write_price * self._difficulty() if self.recall[index].share else 0.0
+            self.training_step.write_price.fill_(price)
         batch, weights = self._batch(index)
         if self.device.type == "cuda":
             batch, weights = (each if each is None else each.pin_memory() for each in (batch, weights))
@@ -627,6 +628,9 @@ class Trainer:
         run = saved["run"]
         theirs = run["options"] | run["config"] | {name: run[name] for name in ("workers", "amp")}
         # "auto" is compared by what it became on this device.
+        # What an older run did not know is what it is by default.
+        defaults = (*fields(TrainingOptions), *fields(AGIFormerConfig))
+        theirs = {field.name: field.default for field in defaults} | theirs
         for name in ours.keys() - set(changeable(ours)):
             if ours[name] != theirs.get(name):
                 raise ValueError(f"--resume {path}: {name} is {ours[name]!r} here, accepted is {theirs.get(name)!r}")

@@ -1,8 +1,12 @@
 """Recall tasks: an answer can be read off what stands before it, and everything else is the text or weighs nothing."""
 
+import os
 import random
 import re
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +14,12 @@ import torch
 from model.data.curriculum import Stage, load_curriculum
 from model.data.errors import DataError
 from model.data.haystack import LANGUAGES
-from model.data.recall import SHORTEST, TASKS, RecallOptions, is_text, make_row, mix
+from model.data.recall import SHORTEST, TASKS, RecallOptions, _with_asides, is_text, make_row, mix
 from model.data.sources import SourceSpec
 
 WORDS = "Nehir 🙂 tepelerden doğar, the river rises in the hills and reaches the sea after many miles. "
 ALL = RecallOptions(1.0)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def text(length: int, seed: int = 0) -> bytes:
@@ -48,8 +53,42 @@ def test_rows_keep_their_length_and_their_answers_have_been_told(task, length, d
             answer = row.data[start:stop]
             assert answer in row.data[: start - distance], (row.data[:start][-60:], answer)
             assert distance >= 0
+        assert b"{" not in row.data and b"}" not in row.data  # nothing of a template is left
     if length >= 1000:
         assert sum(bool(row.answers) for row in made) > 20
+
+
+def test_tasks_are_the_same_in_every_process():
+    """A set's order follows from a secret of the process: nothing may follow from that."""
+    program = "import zlib; from tests.data.test_recall_tasks import TASKS, rows\n"
+    program += "print(zlib.crc32(b''.join(row.data for task in TASKS for row in rows(task, 700, 1.0, 6))))"
+    found = set()
+    for seed in ("0", "1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=ROOT
+        )
+        found.add(done.stdout)
+    assert len(found) == 1 and found.pop().strip().isdigit()
+
+
+@pytest.mark.parametrize("length", [128, 400, 1024, 8192])
+def test_asides_are_whole_and_so_is_the_text_around_them(length):
+    """Turkish text, most of whose words have a character of two bytes, and a text without spaces."""
+    turkish, solid = ("çiğ köfte ığdır şölen öğün " * 400).encode(), ("şığöü" * 900).encode()
+    made = 0
+    for seed in range(150):
+        for text in (turkish, solid):
+            own = text[:length].decode(errors="ignore").encode()
+            data, spans = _with_asides(own, ("en", "tr"), random.Random(seed))
+            assert len(data) == len(own)
+            data.decode()
+            for start, stop in spans:
+                made += 1
+                assert stop - start <= length / 4 + 24 and data[start:stop].decode().strip()[-1] == "."
+                if text is turkish and stop < length - 24:
+                    assert data[stop : stop + 1] == b" " and own[start : start + 1] == b" "
+    assert made > 100 or length < 4 * SHORTEST
 
 
 def test_the_last_value_told_is_the_answer():

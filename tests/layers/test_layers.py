@@ -333,6 +333,8 @@ def test_steps_that_are_skipped_in_training():
     taken = torch.stack([(out - each).abs().amax((1, 2)) < 1e-6 for each in after])
     assert (taken.sum(0) == 1).all()  # a row takes one number of steps, at all its positions
     assert all(100 < count < 170 for count in taken.sum(1).tolist())
+    # What a row does not think costs it nothing.
+    assert torch.equal(torch.cat(halts, -1).eq(1).all(1).sum(-1), 2 - taken.int().argmax(0))
     assert torch.equal(block(z), after[2])  # and all of them when it is not trained
 
 

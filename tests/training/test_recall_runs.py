@@ -145,6 +145,15 @@ def test_the_price_rises_with_the_difficulty(curriculum, script, tmp_path, capsy
         seen.clear()
         assert script(*arguments, "--recall", 0, "--out", tmp_path / "no tasks") == 0
         assert seen == [0.0] * 20
+        # A stage without tasks has no price, before the one that has and after it.
+        seen.clear()
+        first, tasks = TOML.split("[[stages]]\n")[1:]
+        last = first.replace('"words"', '"again"')
+        toml = TOML.split("[[stages]]")[0] + "".join("[[stages]]\n" + each for each in (first, tasks, last))
+        between = curriculum.parent / "between.toml"
+        between.write_text(toml.replace("share = 0.4", "share = 0.2"), encoding="utf-8")
+        assert script(*WITH_MEMORY, "--curriculum", between, "--steps", 20, "--out", tmp_path / "between") == 0
+        assert seen == pytest.approx([0.0] * 4 + [4 * min(1.0, i / 6) for i in range(12)] + [0.0] * 4)
     assert not identical(tmp_path / "at4.0", tmp_path / "at0.5")
     assert script(*arguments, "--write-price", -1, "--out", tmp_path / "bad") == 2
     assert "write_price=-1.0: accepted is a number ≥ 0" in capsys.readouterr().err
