@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from model import AGIFormer, AGIFormerConfig
 from model.config import HULLS, PRESETS
+from tests.conftest import make_random_model
 
 # Shapes whose every parameter has a part: both kinds of petals, and all that grows.
 SHAPES = [
