@@ -7,19 +7,17 @@ import os
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from model.kernels.recurrent import recurrent_delta, recurrent_hebbian
+from model.kernels import hebbian
+from tests.kernels.test_hebbian import RULES, TOLERANCE
+from tests.kernels.test_hebbian import inputs as random_inputs
 
 pytest.importorskip("triton")
 
 from model.kernels import triton_delta as delta_kernels
 from model.kernels import triton_hebbian as kernels
-from model.kernels.triton_delta import triton_delta
 from model.kernels.triton_hebbian import triton_hebbian
 
-TOLERANCE = 1e-5  # relative, DESIGN: HebbianMemory
-RULES = ("hebbian", "delta")
 CUDA = torch.cuda.is_available()
 anywhere = pytest.mark.skipif(
     not CUDA and os.environ.get("TRITON_INTERPRET") != "1",
@@ -30,30 +28,12 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def inputs(rule: str, alpha: float, T: int, E: int, B: int = 1, H: int = 1) -> dict[str, torch.Tensor]:
-    """Random float64 arguments with a state, log decays of the form log α + log λ_t."""
-    g = torch.Generator().manual_seed(T + E)
-    q, k, v = (torch.randn(B, H, T, E, generator=g, dtype=torch.float64) for _ in range(3))
-    log_decay = F.logsigmoid(torch.randn(B, H, T, generator=g, dtype=torch.float64) + 4)
-    log_decay = log_decay + torch.tensor(alpha, dtype=torch.float64).log()
-    M = torch.randn(B, H, E, E, generator=g, dtype=torch.float64)
-    z = torch.rand(B, H, E, generator=g, dtype=torch.float64) * E
-    arguments = {"q": q, "k": k, "v": v, "log_decay": log_decay, "M": M, "z": z}
-    if rule == "delta":
-        arguments["k"] = F.normalize(k, dim=-1)
-        arguments["beta"] = torch.rand(B, H, T, generator=g, dtype=torch.float64)
-    else:
-        arguments["q"], arguments["k"] = F.elu(q) + 1, F.elu(k) + 1
-    # Of float32's values, so that only what is done with them is compared.
-    return {name: x.float().double() for name, x in arguments.items()}
+    """Of float32's values, so that only what is done with them is compared."""
+    return {name: x.float().double() for name, x in random_inputs(rule, alpha, T, E, B, H, seed=T + E).items()}
 
 
 def call(impl: str, a: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    state = (a["M"], a["z"])
-    if "beta" in a:
-        rule = triton_delta if impl == "triton" else recurrent_delta
-        return rule(a["q"], a["k"], a["v"], a["log_decay"], a["beta"], state)
-    rule = triton_hebbian if impl == "triton" else recurrent_hebbian
-    return rule(a["q"], a["k"], a["v"], a["log_decay"], state)
+    return hebbian(a["q"], a["k"], a["v"], a["log_decay"], beta=a.get("beta"), state=(a["M"], a["z"]), impl=impl)
 
 
 def run(impl: str, arguments: dict, wanted: tuple[str, ...] | None = None, lay=lambda x: x) -> tuple[dict, dict]:
