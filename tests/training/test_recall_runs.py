@@ -212,9 +212,8 @@ def test_a_ponder_cost_makes_it_think_less():
     assert shares[1.0] < 0.1 < 0.4 < shares[0.0]
 
 
-@pytest.mark.parametrize("genesis", ["off", "all"])
-def test_a_run_that_skips_and_reads_and_pays_resumes_to_the_bit(curriculum, script, tmp_path, capsys, genesis):  # noqa: F811
-    arguments = [*RUN, "--curriculum", curriculum, "--steps", 12, "--genesis", genesis, "--ponder-cost", 0.01]
+def test_a_run_that_skips_and_reads_and_pays_resumes_to_the_bit(curriculum, script, tmp_path, capsys):  # noqa: F811
+    arguments = [*RUN, "--curriculum", curriculum, "--steps", 12, "--genesis", "all", "--ponder-cost", 0.01]
     arguments += ["--set", "thinking_skip=2", "--set", "thinking_reads=true"]
     assert script(*arguments, "--out", tmp_path / "whole") == 0
     assert script(*arguments, "--out", tmp_path / "parts", stop_at=7) == 0
