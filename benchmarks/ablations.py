@@ -24,6 +24,7 @@ from model.cli import Parser, guarded
 from model.config import AGIFormerConfig
 from model.data import Curriculum, load_curriculum
 from model.evaluation.report import number, text_table
+from model.layers.norm import rms_norm_heads
 from model.training.distributed import join_workers
 from model.training.options import TrainingOptions
 from model.training.run import prepare_folder
@@ -38,13 +39,15 @@ def same_plasticity(curriculum: Curriculum) -> Curriculum:
 def attention_only(model: AGIFormer) -> None:
     """The fast weights' heads are left out of the fusion."""
     for block in model.blocks:
-        block.fuse = lambda x, attended, recalled, block=block: block._normalise_heads(attended)
+        block.fuse = lambda x, attended, recalled, heads=block.n_heads: rms_norm_heads(attended, heads)
 
 
 def memory_only(model: AGIFormer) -> None:
     """Attention's heads are left out of the fusion."""
     for block in model.blocks:
-        block.fuse = lambda x, attended, recalled, block=block: block._normalise_heads(recalled.to(attended.dtype))
+        block.fuse = lambda x, attended, recalled, heads=block.n_heads: rms_norm_heads(
+            recalled.to(attended.dtype), heads
+        )
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from model.config import AGIFormerConfig
 from model.layers.attention import AttentionState, WindowAttention
 from model.layers.hull import HullLayer
 from model.layers.memory import HebbianMemory, MemoryState
-from model.layers.norm import NORM_EPS, rms_norm
+from model.layers.norm import NORM_EPS, READ_EPS, rms_norm, rms_norm_heads
 from model.layers.rotary import Phases
 
 
@@ -28,11 +28,6 @@ class BlockState:
         return [*self.attention.tensors(), *self.memory.tensors()]
 
 
-# A delta-rule read is nearly zero where nothing was found. Blown up to full size it would be rounding noise, which
-# shows as a difference of 1e-4 between streaming and the full forward. A Hebbian read is an average of values.
-DELTA_RECALL_EPS = 1e-3
-
-
 class HybridBlock(nn.Module):
     """x + fuse(attention, memory), then + hull; pre-norm (DESIGN: HybridBlock).
 
@@ -44,7 +39,7 @@ class HybridBlock(nn.Module):
         super().__init__()
         window, memory_rule = config.window, config.memory_rule
         self.n_heads = n_heads
-        self.recall_eps = DELTA_RECALL_EPS if memory_rule == "delta" else NORM_EPS
+        self.recall_eps = READ_EPS if memory_rule == "delta" else NORM_EPS
         self.attention = WindowAttention(d_model, n_heads, window)
         self.memory = HebbianMemory(d_model, n_heads, memory_rule)
         self.gate = nn.Linear(d_model, d_model)
@@ -74,9 +69,6 @@ class HybridBlock(nn.Module):
     def fuse(self, x: Tensor, attended: Tensor, recalled: Tensor) -> Tensor:
         """γ ⊙ norm(attended) + (1 − γ) ⊙ norm(recalled); all [B, T, D]."""
         gate = self.gate(x).sigmoid()
-        attended = self._normalise_heads(attended.to(gate.dtype))
-        recalled = self._normalise_heads(recalled.to(gate.dtype), self.recall_eps)
+        attended = rms_norm_heads(attended.to(gate.dtype), self.n_heads)
+        recalled = rms_norm_heads(recalled.to(gate.dtype), self.n_heads, self.recall_eps)
         return torch.lerp(recalled, attended, gate)
-
-    def _normalise_heads(self, heads: Tensor, eps: float = NORM_EPS) -> Tensor:
-        return rms_norm(heads.unflatten(-1, (self.n_heads, -1)), eps).flatten(-2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.kernels import hebbian
 from model.layers.norm import rms_norm
 
-NONE = 256  # as a byte: none yet
+BEGIN = 256  # stands for "no byte yet" at the very start of a text
 
 
 @dataclass
@@ -23,7 +23,7 @@ class ByteMemoryState:
     Attributes:
         M, z: the fast weights [B, H, E, E] and their normaliser [B, H, E].
         keys: [B, H, N, E] of the contexts before the last N bytes; 0 where there is none.
-        bytes: [B, N − 1] the bytes before the last one, NONE where there is none.
+        bytes: [B, N − 1] the bytes before the last one, BEGIN where there is none.
         reads: [B, N − 1, H · E] of the contexts before them.
     """
 
@@ -75,7 +75,7 @@ class ByteMemory(nn.Module):
         self.heads, self.rule, self.span = heads, rule, span
         self.queries = nn.Linear(head_dim, heads * dim, bias=False)
         self.keys = nn.Linear(head_dim, heads * dim, bias=False)
-        self.values = nn.Embedding(257 * span, heads * dim)  # place j of a span: from row 257 j on; NONE has a row
+        self.values = nn.Embedding(257 * span, heads * dim)  # place j of a span: from row 257 j on; BEGIN has a row
         self.gates = nn.Linear(head_dim, 2 * heads)  # writing strength, reading strength
         self.output = nn.Linear(span * heads * dim, 256, bias=False)
 
@@ -99,7 +99,7 @@ class ByteMemory(nn.Module):
 
         Args:
             hidden: [B, L, head_dim], states that predict each byte, of any float type; L ≥ 1.
-            previous: [B, L] the byte before each, NONE for none.
+            previous: [B, L] the byte before each, BEGIN for none.
             writes: if given, the writing strengths β [B, H, L] are appended to it.
 
         Returns:
@@ -119,26 +119,31 @@ class ByteMemory(nn.Module):
                 q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             else:
                 q, k = F.elu(q) + 1, F.elu(k) + 1
-            if state is None:
-                keys = F.pad(k, (0, 0, N, 0))
-                seen = F.pad(previous.long(), (N - 1, 0), value=NONE)
-                carried = None
-            else:
-                keys = torch.cat([state.keys.to(dtype), k], 2)
-                seen = torch.cat([state.bytes, previous.long()], 1)
-                carried = (state.M, state.z)
+            state = self._begin(k, previous) if state is None else state
+            keys = torch.cat([state.keys, k], 2)
+            seen = torch.cat([state.bytes, previous.long()], 1)
             # What is written at a byte is the context before the span that ends with the byte before it.
             written, v = keys[:, :, :L], self._heads(self._values(seen, L, dtype))
-            if self.rule == "delta":
-                out, (M, z) = hebbian(q, written, v, torch.zeros_like(beta), beta=beta, state=carried, impl=impl)
-            else:
-                written = written * beta.unsqueeze(-1)
-                out, (M, z) = hebbian(q, written, v, torch.zeros_like(beta), state=carried, impl=impl)
+            no_decay = torch.zeros_like(beta)
+            if self.rule == "hebbian":
+                written, beta = written * beta.unsqueeze(-1), None
+            out, (M, z) = hebbian(q, written, v, no_decay, beta=beta, state=(state.M, state.z), impl=impl)
             out = (out * (2 * read.sigmoid()).unsqueeze(-1)).transpose(1, 2).flatten(2)
-            reads = F.pad(out, (0, 0, N - 1, 0)) if state is None else torch.cat([state.reads.to(dtype), out], 1)
+            reads = torch.cat([state.reads, out], 1)
             spans = torch.cat([reads[:, N - 1 - j : N - 1 - j + L] for j in range(N)], -1)
             logits = F.linear(spans, self.output.weight.to(dtype))
             return logits, ByteMemoryState(M, z, keys[:, :, L:], seen[:, L:], reads[:, L:])
+
+    def _begin(self, k: Tensor, previous: Tensor) -> ByteMemoryState:
+        """The state before a text whose keys are k [B, H, L, E]: nothing has been read or written."""
+        (B, H, _, E), N = k.shape, self.span
+        return ByteMemoryState(
+            k.new_zeros(B, H, E, E),
+            k.new_zeros(B, H, E),
+            k.new_zeros(B, H, N, E),
+            torch.full_like(previous[:, :1], BEGIN, dtype=torch.long).expand(B, N - 1),
+            k.new_zeros(B, N - 1, H * E),
+        )
 
     def _values(self, seen: Tensor, L: int, dtype: torch.dtype) -> Tensor:
         """Bytes [B, N − 1 + L] → what each span of N of them is written as, [B, L, H · E]."""

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers.byte_memory import ByteMemory
+from model.layers.byte_memory import BEGIN, ByteMemory
 from model.layers.norm import rms_norm
 
-BEGIN = 256  # stands for "no byte yet" at the very start of a text
+__all__ = ["BEGIN", "LocalAutoregressiveHead"]
 
 
 class LocalAutoregressiveHead(nn.Module):

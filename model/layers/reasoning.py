@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.layers.feedforward import FeedForward
-from model.layers.norm import rms_norm
+from model.layers.norm import READ_EPS, rms_norm, rms_norm_heads
 
 Read = Callable[[Tensor], Tensor]  # queries [B, T, D] → what fast weights hold for them, [B, T, D]
 
@@ -26,7 +26,6 @@ class RecurrentReasoningBlock(nn.Module):
     """
 
     HALT_BIAS = -3.0  # p_halt starts near 0.05: thinking begins switched on
-    READ_EPS = 1e-3  # a read of nearly nothing stays so: blown up to full size it would be rounding noise
 
     def __init__(self, d_model: int, hidden: int, steps: int, skip: int = 0, heads: int = 0):
         super().__init__()
@@ -53,8 +52,8 @@ class RecurrentReasoningBlock(nn.Module):
         p_halt = self.halt(normed).sigmoid()
         thought = self.mlp(normed)
         if self.recall is not None:
-            found = read(self.query(normed)).unflatten(-1, (self.heads, -1))
-            thought = thought + self.recall(rms_norm(found, self.READ_EPS).flatten(-2).to(normed.dtype))
+            found = rms_norm_heads(read(self.query(normed)), self.heads, READ_EPS)
+            thought = thought + self.recall(found.to(normed.dtype))
         return (1 - p_halt) * self.gate(normed).sigmoid() * thought, p_halt
 
     def forward(

@@ -174,5 +174,6 @@ def main_losses(
     logits = model(x, writes=writes, halts=halts)
     each = F.cross_entropy(logits.flatten(0, 1), x.flatten().long(), reduction="none").view(x.shape)
     if weights is None:
-        return each.mean().detach(), each.mean()
+        loss = each.mean()
+        return loss, loss
     return weighted_mean(each.detach(), is_text(weights)), weighted_mean(each, weights)

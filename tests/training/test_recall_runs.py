@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from model.training.optimizer import MuonAdamW
+from model.training.options import TrainingOptions
 from model.training.step import TrainingStep
 from tests.conftest import make_random_model
 from tests.training import test_train_script as runs
@@ -221,3 +222,14 @@ def test_a_run_that_skips_and_reads_and_pays_resumes_to_the_bit(curriculum, scri
     assert identical(tmp_path / "whole", tmp_path / "parts")
     assert script(*arguments, "--ponder-cost", "-0.1", "--out", tmp_path / "bad") == 2
     assert "ponder_cost=-0.1: accepted is a number ≥ 0" in capsys.readouterr().err
+
+
+def test_a_run_saved_before_an_option_existed_goes_on_with_its_default(curriculum, script, tmp_path):  # noqa: F811
+    new, arguments = {"write_price", "ponder_cost"}, [*RUN, "--curriculum", curriculum, "--steps", 12]
+    assert script(*arguments, "--out", tmp_path / "whole") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        known = TrainingOptions.to_dict
+        patch.setattr(TrainingOptions, "to_dict", lambda s: {k: v for k, v in known(s).items() if k not in new})
+        assert script(*arguments, "--out", tmp_path / "old", stop_at=7) == 0
+    assert script("--resume", "--out", tmp_path / "old", "--quiet", "--sample-bytes", 20) == 0
+    assert identical(tmp_path / "whole", tmp_path / "old")
