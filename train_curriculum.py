@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
         "--write-price",
         type=float,
         metavar="NATS",
-        help="a byte, of writing everything into the byte memory, in stages with tasks (default: 4)",
+        help="a byte, of writing everything into a head of the byte memory, times the share of tasks (default: 16)",
     )
 
     how.add_argument(

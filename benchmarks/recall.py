@@ -87,14 +87,15 @@ class Variant:
 
 
 BASE = {"window": WINDOW, "plasticity": 1.0, "memory_rule": "hebbian"}
-BYTES = {"recall_heads": 4, "recall_dim": 64, "recall_span": 4, "recall_rule": "delta"}
+BYTES = {"recall_heads": 1, "recall_dim": 64, "recall_key_dim": 256, "recall_span": 4, "recall_rule": "delta"}
 NO_BYTES = {"recall_heads": 0}
 VARIANTS = {
     "bytes": Variant(BYTES),
     "bytes-hebbian": Variant(BYTES | {"recall_rule": "hebbian"}),
     "bytes-span1": Variant(BYTES | {"recall_span": 1}),
-    "bytes-8": Variant(BYTES | {"recall_heads": 8}),
-    "bytes-wide": Variant(BYTES | {"recall_dim": 128}),
+    "bytes-2": Variant(BYTES | {"recall_heads": 2}),
+    "bytes-square": Variant(BYTES | {"recall_heads": 4, "recall_key_dim": 64}),
+    "bytes-short": Variant(BYTES | {"recall_short_heads": 1}),
     "bytes-free": Variant(BYTES, priced=False),
     "blocks": Variant(NO_BYTES),
     "blocks-delta": Variant(NO_BYTES | {"memory_rule": "delta"}),
@@ -196,7 +197,7 @@ def train(
     variant, steps = VARIANTS[name], arguments.steps
     tasks = RecallOptions(arguments.share)
     sampler = CropSampler(store, arguments.seq_len, arguments.batch_size, arguments.seed)
-    price = TrainingOptions.write_price if variant.priced and tasks.share else 0.0
+    price = TrainingOptions.write_price * tasks.share if variant.priced else 0.0
     step = TrainingStep(
         model,
         MuonAdamW(model, weight_decay=TrainingOptions.weight_decay),

@@ -33,7 +33,7 @@ class TrunkState:
     """What the blocks carry from patch to patch: one state a block of blocks, and the number of positions read."""
 
     blocks: list[BlockState | NodeState]
-    position: int
+    position: int | Tensor  # a tensor [] int64 where shapes and addresses are fixed (model.inference.static)
 
     def clone(self) -> "TrunkState":
         return TrunkState([block.clone() for block in self.blocks], self.position)
@@ -373,9 +373,11 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 
 def byte_memory(config: AGIFormerConfig) -> ByteMemory | None:
     """The memory of a model's head, as its config has it."""
-    if not config.recall_heads:
+    c = config
+    if not c.recall_heads + c.recall_short_heads:
         return None
-    return ByteMemory(config.head_dim, config.recall_heads, config.recall_dim, config.recall_rule, config.recall_span)
+    shape = c.recall_dim, c.recall_key_dim, c.recall_rule, c.recall_span
+    return ByteMemory(c.head_dim, c.recall_heads, *shape, c.recall_short_heads)
 
 
 @torch.no_grad()

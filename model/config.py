@@ -39,7 +39,9 @@ class AGIFormerConfig:
     reasoning_dim: int = 2048  # hidden units of the reasoning block's MLP
     head_dim: int = 512  # width of the GRU that writes the bytes of a patch
     recall_heads: int = 0  # heads of the byte head's own fast weights; 0 is none
-    recall_dim: int = 64  # width of such a head
+    recall_short_heads: int = 0  # more of them, which forget
+    recall_dim: int = 64  # width of what such a head writes
+    recall_key_dim: int = 256  # width of the keys that it writes at
     recall_span: int = 4  # bytes that such a head writes at once
     recall_rule: str = "delta"  # how they are written: "delta" or "hebbian"
     rope_base: float = 10_000.0  # wavelength scale of the rotary phases, in patches
@@ -133,7 +135,9 @@ _INTEGER_RANGES = (
     ("reasoning_dim", 1, 131072),
     ("head_dim", 8, 16384),
     ("recall_heads", 0, 256),
+    ("recall_short_heads", 0, 256),
     ("recall_dim", 1, 1024),
+    ("recall_key_dim", 1, 1024),
     ("recall_span", 1, 64),
 )
 _FLOAT_RANGES = (("rope_base", 1.0, 1e12), ("plasticity", 0.0, 1.0))

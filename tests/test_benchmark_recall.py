@@ -161,12 +161,13 @@ def test_state_and_parameters_in_use_leave_a_silenced_memory_out(store):
 @pytest.mark.parametrize(
     ("name", "memory", "rule"),
     [
-        ("bytes", (4, 64, 4, "delta"), "hebbian"),
-        ("bytes-hebbian", (4, 64, 4, "hebbian"), "hebbian"),
-        ("bytes-span1", (4, 64, 1, "delta"), "hebbian"),
-        ("bytes-8", (8, 64, 4, "delta"), "hebbian"),
-        ("bytes-wide", (4, 128, 4, "delta"), "hebbian"),
-        ("bytes-free", (4, 64, 4, "delta"), "hebbian"),
+        ("bytes", (1, 256, 64, 4, "delta"), "hebbian"),
+        ("bytes-hebbian", (1, 256, 64, 4, "hebbian"), "hebbian"),
+        ("bytes-span1", (1, 256, 64, 1, "delta"), "hebbian"),
+        ("bytes-2", (2, 256, 64, 4, "delta"), "hebbian"),
+        ("bytes-square", (4, 64, 64, 4, "delta"), "hebbian"),
+        ("bytes-short", (2, 256, 64, 4, "delta"), "hebbian"),
+        ("bytes-free", (1, 256, 64, 4, "delta"), "hebbian"),
         ("blocks", None, "hebbian"),
         ("blocks-delta", None, "delta"),
         ("window", None, "hebbian"),
@@ -176,8 +177,9 @@ def test_state_and_parameters_in_use_leave_a_silenced_memory_out(store):
 def test_variants_have_the_memory_that_they_are_called_by(name, memory, rule):
     model = recall.make_model(recall.VARIANTS[name], quick(), CPU)
     found = model.head.memory
-    dim = found and found.queries.out_features // found.heads
-    assert (found and (found.heads, dim, found.span, found.rule)) == memory
+    widths = found and [x // found.heads for x in (found.queries.out_features, found.values.embedding_dim)]
+    assert (found and (found.heads, *widths, found.span, found.rule)) == memory
+    assert not found or found.heads - found.long == (name == "bytes-short")
     assert [block.memory.rule for block in model.blocks] == [rule]
     assert float(model.plasticity) == 1
 

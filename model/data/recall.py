@@ -11,7 +11,8 @@ made-up sentences, in all languages of the needles, that are not worth rememberi
 that everything in another one is. Pure function of seed, step, rank and row, like `CropSampler`.
 
 Every byte has a weight in the loss: 1 for text, `answer_weight` for the bytes of an answer, which what stands before
-them decides, and 0 for the rest of a task, which nothing could predict.
+them decides, and 0 for the rest of a task, which nothing could predict. A row's answers together weigh at most
+1/MOST_ANSWERS of what a row of text weighs: many answers, most of them hard ones (256 pairs), would drown the text.
 
 Notable: difficulty d in [0, 1] sets the longest distance between a fact and its question, SHORTEST · (L / SHORTEST)^d
 bytes, and in the same way the number of pairs and the length of a copy. Distances are drawn evenly in the logarithm, so
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,10 +35,14 @@ from .haystack import LANGUAGES
 
 TASKS = ("needle", "update", "pairs", "lines", "copy")
 SHORTEST = 96  # bytes: the longest distance at difficulty 0
-MOST_ASIDES = 3  # passages in a row; the longest takes a quarter of it
+MOST_ASIDES = 3  # passages in a row; the longest takes half of it
 SPACING = 192  # bytes of a row that a needle or an assignment has to itself, with its question
 MAX_PAIRS = 256
+MOST_ANSWERS = 8
+ROUNDS = 8  # how often a list's pairs are asked for at most
 MIN_LENGTH = 128  # bytes of a row that a task needs
+WORDS_FROM = 2048  # bytes of a row whose words may be keys
+_WORD = re.compile(r"\b[^\W\d_]{3,8}\b")
 _CONSONANTS, _VOWELS = "bcdfghjklmnprstvyz", "aeiou"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -129,8 +135,12 @@ class Row:
         weights = np.ones(len(self.data), np.float32)
         for start, stop in self.inserted:
             weights[start:stop] = 0
+        answers = sum(stop - start for start, stop, _ in self.answers)
+        weight = np.float32(min(answer_weight, len(weights) / MOST_ANSWERS / max(1, answers)))
+        # Exactly 1 is what text weighs.
+        weight = np.nextafter(weight, np.float32(0)) if weight == 1 else weight
         for start, stop, _ in self.answers:
-            weights[start:stop] = answer_weight
+            weights[start:stop] = weight
         return weights
 
 
@@ -138,10 +148,13 @@ def make_row(text: bytes, task: str, options: RecallOptions, difficulty: float, 
     """One row of `task` in `text`, of the same number of bytes."""
     L = len(text)
     if task == "pairs":
-        return _Writer(task, L).write(_pairs(L, difficulty, rng)).row()
+        return _pairs(text, difficulty, rng)
     if task == "copy":
         return _copy(text, difficulty, rng)
-    events = _lines(L, difficulty, rng) if task == "lines" else _needles(L, task, options.languages, difficulty, rng)
+    if task == "lines":
+        events = _lines(L, difficulty, rng)
+    else:
+        events = _needles(L, task, _words(text), options.languages, difficulty, rng)
     text, asides = _with_asides(text, options.languages, rng)
     return _Writer(task, L).among(text, events, asides).row()
 
@@ -174,7 +187,10 @@ def _placed(L: int, difficulty: float, rng: random.Random, tell, ask, count: int
     return events
 
 
-def _needles(L: int, task: str, languages, difficulty: float, rng: random.Random) -> list[tuple[float, _Piece]]:
+def _needles(
+    L: int, task: str, own: tuple[str, ...], languages, difficulty: float, rng: random.Random
+) -> list[tuple[float, _Piece]]:
+    """`own` words of the text may be keys: what is to be remembered need not look like it."""
     count = rng.randint(1, max(1, L // SPACING))
     known, facts = set(), []  # what has been said of whom; (phrasing, who, value)
     for _ in range(count):
@@ -186,7 +202,7 @@ def _needles(L: int, task: str, languages, difficulty: float, rng: random.Random
         who = rng.choice(language.who) if rng.random() < 0.3 else name(rng)
         if (about, who) not in known:  # one value of one thing, in whatever words
             known.add((about, who))
-            facts.append((phrasing, who, key(language.keys, rng)))
+            facts.append((phrasing, who, key(rng.choice((language.keys, own or language.keys)), rng)))
 
     def tell(i: int, told: str | None = None) -> _Piece:
         (statement, _), who, value = facts[i]
@@ -214,8 +230,8 @@ def _with_asides(text: bytes, languages, rng: random.Random) -> tuple[bytes, lis
     An aside is whole sentences, and stands where words end if some do nearby, between characters in any case.
     """
     L, spans = len(text), []
-    for _ in range(rng.randint(0, MOST_ASIDES) if L // 4 >= SHORTEST else 0):
-        size = math.exp(rng.uniform(math.log(SHORTEST), math.log(L / 4)))
+    for _ in range(rng.randint(0, MOST_ASIDES) if L // 2 >= SHORTEST else 0):
+        size = math.exp(rng.uniform(math.log(SHORTEST), math.log(L / 2)))
         sentences, passage = LANGUAGES[rng.choice(languages)].asides.draw(rng), b""
         while len(passage) + len(sentence := b" " + next(sentences).encode()) <= size:
             passage += sentence
@@ -260,22 +276,29 @@ def _lines(L: int, difficulty: float, rng: random.Random) -> list[tuple[float, _
     return events
 
 
-def _pairs(L: int, difficulty: float, rng: random.Random) -> list[_Piece]:
-    """A list of pairs, then queries for all of them in random order, again and again until the row is full."""
+def _pairs(text: bytes, difficulty: float, rng: random.Random) -> Row:
+    """Text, a list of pairs, text, and queries for all of them in random order, a few times if they are few; text."""
+    L = len(text)
     key_bytes, value_bytes = rng.randint(2, 4), rng.randint(1, 4)
     letters = rng.choice((_LETTERS, "0123456789", _LETTERS.upper()))
     size = key_bytes + value_bytes + 2
-    most = min(MAX_PAIRS, (L // size) // 2, 26**key_bytes // 2 if letters != "0123456789" else 10**key_bytes // 2)
+    most = min(MAX_PAIRS, (L // size) // 3, 26**key_bytes // 2 if letters != "0123456789" else 10**key_bytes // 2)
     count = max(1, round(2 * max(1.0, most / 2) ** (difficulty * rng.random())))
     known: dict[str, str] = {}
     while len(known) < count:
         known["".join(rng.choices(_LETTERS, k=key_bytes))] = "".join(rng.choices(letters, k=value_bytes))
-    pieces = [_Piece(f"{a}={b};".encode(), fact=a) for a, b in known.items()]
-    while len(pieces) * size < L:
-        pieces += [
-            _Piece(f"?{a}=".encode(), known[a].encode(), b";", fact=a) for a in rng.sample(list(known), len(known))
-        ]
-    return pieces
+    told = [_Piece(f"{a}={b};".encode(), fact=a) for a, b in known.items()]
+    asked = [
+        _Piece(f"?{a}=".encode(), known[a].encode(), b";", fact=a)
+        for _ in range(max(1, min(ROUNDS, L // MOST_ANSWERS // (count * size))))
+        for a in rng.sample(list(known), count)
+    ]
+    inserted = len(told) * size + len(asked) * (size + 1) + 2
+    distance = round(math.exp(rng.uniform(0, math.log(max(1.0, min(_longest(L, difficulty), L - inserted))))))
+    start = _word_end(text, rng.randrange(max(1, L - inserted - distance)))
+    again = _word_end(text, start + distance)
+    writer = _Writer("pairs", L).text(text[:start]).insert(b"\n").write(told).text(text[start:again])
+    return writer.insert(b"\n").write(asked).text(text[again:]).row()
 
 
 def _copy(text: bytes, difficulty: float, rng: random.Random) -> Row:
@@ -364,6 +387,11 @@ class _Writer:
 def word(rng: random.Random, syllables: int) -> str:
     """Letters that can be spoken and mean nothing."""
     return "".join(rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(syllables))
+
+
+def _words(text: bytes) -> tuple[str, ...]:
+    """Some of a text's words, of 3 to 8 letters."""
+    return tuple(_WORD.findall(text[:WORDS_FROM].decode(errors="ignore")))
 
 
 def name(rng: random.Random) -> str:

@@ -43,7 +43,7 @@ def _chunk_size(T: int) -> int:
 
 
 def chunked_hebbian(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: State) -> tuple[Tensor, State]:
-    """`recurrent_hebbian`, chunk by chunk. q, k, v [B, H, T, E]; log_decay [B, H, T]; state (M, z)."""
+    """`recurrent_hebbian`, chunk by chunk. q, k [B, H, T, E], v [B, H, T, V]; log_decay [B, H, T]; state (M, z)."""
     T = q.shape[2]
     size = _chunk_size(T)
     # Contiguous once here: every product below would otherwise copy its operands again.
@@ -55,7 +55,8 @@ def chunked_hebbian(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: S
 class _ChunkedHebbian(torch.autograd.Function):
     """The chunked Hebbian rule with its gradient written out: fewer kernels and saved tensors than autograd's.
 
-    q, k, v [B, H, N, C, E], log_decay [B, H, N, C], M [B, H, E, E], z [B, H, E] → out [B, H, N, C, E], M, z.
+    q, k [B, H, N, C, E], v [B, H, N, C, V], log_decay [B, H, N, C], M [B, H, E, V], z [B, H, E] → out [B, H, N, C, V],
+    M, z.
     """
 
     @staticmethod
@@ -64,7 +65,7 @@ class _ChunkedHebbian(torch.autograd.Function):
         since_start = log_decay.cumsum(-1).exp().unsqueeze(-1)  # decay of the incoming state at each step
         totals = log_decay.sum(-1)
         keys_at_end = k * within[..., -1, :].unsqueeze(-1)
-        writes = keys_at_end.transpose(-1, -2) @ v  # [B, H, N, E, E]: what each chunk adds to M
+        writes = keys_at_end.transpose(-1, -2) @ v  # [B, H, N, E, V]: what each chunk adds to M
         M_in, z_in, M, z = _carry(writes, keys_at_end.sum(-2), totals, M, z)
 
         queries = q * since_start
@@ -121,8 +122,8 @@ def _segment_weights(totals: Tensor) -> Tensor:
 def _carry(writes, key_sums, totals, M, z) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """States at the start of every chunk, from what each chunk writes and how much it decays.
 
-    writes [B, H, N, E, E], key_sums [B, H, N, E], totals [B, H, N] (log decay over the chunk) →
-    M_in [B, H, N, E, E], z_in [B, H, N, E] and M, z after the last chunk.
+    writes [B, H, N, E, V], key_sums [B, H, N, E], totals [B, H, N] (log decay over the chunk) →
+    M_in [B, H, N, E, V], z_in [B, H, N, E] and M, z after the last chunk.
     """
     M_in, z_in = [], []
     for first in range(0, totals.shape[2], SEGMENT):
@@ -160,7 +161,7 @@ def _carry_back(d_M_in, d_z_in, totals, d_M, d_z) -> tuple[Tensor, Tensor, Tenso
 def chunked_delta(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: State
 ) -> tuple[Tensor, State]:
-    """`recurrent_delta`, chunk by chunk. q, k, v [B, H, T, E]; log_decay, beta [B, H, T]; state (M, z).
+    """`recurrent_delta`, chunk by chunk. q, k [B, H, T, E], v [B, H, T, V]; log_decay, beta [B, H, T]; state (M, z).
 
     With u_t the correction that step t really writes, M_t = λ_t M_{t-1} + k_t u_tᵀ, the corrections of a chunk
     solve a unit lower-triangular system, (I + tril(β Γ ⊙ K Kᵀ, −1)) U = β (V − decay · K M_in), by forward
@@ -178,20 +179,20 @@ def chunked_delta(
     system = (beta * within * (k @ k.transpose(-1, -2))).tril(-1)
     sides = torch.cat([beta * v, beta * since_start * k], -1)
     solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
-    targets, lookups = solved.split(v.shape[-1], -1)
+    targets, lookups = solved.split((v.shape[-1], k.shape[-1]), -1)
 
     # A chunk turns the state before it into A M + W: all chunks' A and W at once, and then one product a chunk.
     M, z = state
     keys_at_end = keys_at_end.transpose(-1, -2)
     writes = keys_at_end @ targets
-    turns = total * torch.eye(M.shape[-1], dtype=M.dtype, device=M.device) - keys_at_end @ lookups
+    turns = total * torch.eye(M.shape[-2], dtype=M.dtype, device=M.device) - keys_at_end @ lookups
     M_in, M = apply(_ChainOfStates, turns, writes, M)
     out = scores @ (targets - lookups @ M_in) + (since_start * q) @ M_in
     return out.flatten(2, 3)[:, :, :T], (M, z)
 
 
 class _ChainOfStates(torch.autograd.Function):
-    """M_{n+1} = A_n M_n + W_n over chunks: A, W [B, H, N, E, E], M_0 [B, H, E, E] → M_0 … M_{N−1} [B, H, N, E, E], M_N.
+    """M_{n+1} = A_n M_n + W_n over chunks, A [B, H, N, E, E], W [B, H, N, E, V], M_0 [B, H, E, V] → M_0 … M_{N−1}, M_N.
 
     The only part of the delta rule that has to go chunk by chunk, forward and back.
     """

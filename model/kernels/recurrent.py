@@ -16,7 +16,7 @@ State = tuple[Tensor, Tensor]
 def recurrent_hebbian(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: State) -> tuple[Tensor, State]:
     """M_t = λ_t M_{t-1} + k_t v_tᵀ, z_t = λ_t z_{t-1} + k_t, o_t = M_tᵀ q_t / (q_t · z_t + ε).
 
-    q, k, v [B, H, T, E]; log_decay [B, H, T]; state (M [B, H, E, E], z [B, H, E]).
+    q, k [B, H, T, E], v [B, H, T, V]; log_decay [B, H, T]; state (M [B, H, E, V], z [B, H, E]).
     """
     M, z = state
     decay = log_decay.exp()
@@ -35,7 +35,7 @@ def recurrent_delta(
 ) -> tuple[Tensor, State]:
     """M_t = λ_t (I − β_t k_t k_tᵀ) M_{t-1} + β_t k_t v_tᵀ, o_t = M_tᵀ q_t; z is handed through.
 
-    q, k, v [B, H, T, E]; log_decay, beta [B, H, T]; state (M [B, H, E, E], z [B, H, E]).
+    q, k [B, H, T, E], v [B, H, T, V]; log_decay, beta [B, H, T]; state (M [B, H, E, V], z [B, H, E]).
     """
     M, z = state
     decay = log_decay.exp()

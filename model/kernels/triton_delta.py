@@ -54,7 +54,7 @@ def triton_delta(
     Raises:
         ValueError: without triton or CUDA, or for another dtype or a wider E.
     """
-    check(q)
+    check(q, v)
     out, M = apply(_TritonDelta, q, k, v, log_decay, beta, state[0])
     return out, (M, state[1])
 

@@ -58,19 +58,32 @@ def triton_hebbian(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: St
     Raises:
         ValueError: without triton or CUDA, or for another dtype or a wider E.
     """
-    check(q)
+    check(q, v)
     out, M, z = apply(_TritonHebbian, q, k, v, log_decay, *state)
     return out, (M, z)
 
 
-def check(q: Tensor) -> None:
-    """Raises ValueError where the kernels cannot run on tensors like q."""
+def check(q: Tensor, v: Tensor) -> None:
+    """Raises ValueError where the kernels cannot run on tensors like q and v."""
+    if reason := _refuses(q, v):
+        raise ValueError(reason)
+
+
+def accepts(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernels can run on tensors like q and v."""
+    return _refuses(q, v) is None
+
+
+def _refuses(q: Tensor, v: Tensor) -> str | None:
     if not AVAILABLE or not (q.is_cuda or _interpreted()):
-        raise ValueError("impl='triton': accepted on a CUDA device with triton installed")
+        return "impl='triton': accepted on a CUDA device with triton installed"
     if q.dtype != torch.float32:
-        raise ValueError(f"q has dtype {q.dtype}: with impl='triton', accepted is torch.float32")
+        return f"q has dtype {q.dtype}: with impl='triton', accepted is torch.float32"
     if q.shape[-1] > WIDEST:
-        raise ValueError(f"q has E={q.shape[-1]}: with impl='triton', accepted is 1 to {WIDEST}")
+        return f"q has E={q.shape[-1]}: with impl='triton', accepted is 1 to {WIDEST}"
+    if v.shape != q.shape:
+        return f"v has shape {tuple(v.shape)}: with impl='triton', accepted is q's, {tuple(q.shape)}"
+    return None
 
 
 def _interpreted() -> bool:

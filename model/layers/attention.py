@@ -13,17 +13,28 @@ from model.layers.rotary import Phases, rotate
 
 @dataclass
 class AttentionState:
-    """Rotated keys and values of the last patches: k, v [B, c, H, E] with c ≤ window − 1."""
+    """Rotated keys and values of the last patches: k, v [B, c, H, E] with c ≤ window − 1.
+
+    filled: None, or [] int64: c = window − 1 always, of which the last `filled` are keys, and what stands before them
+    is not looked at. One patch at a time is read with such a state.
+    """
 
     k: Tensor
     v: Tensor
+    filled: Tensor | None = None
 
     def clone(self) -> "AttentionState":
-        return AttentionState(self.k.clone(), self.v.clone())
+        return AttentionState(*(tensor.clone() for tensor in self.tensors()))
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the state."""
-        return [self.k, self.v]
+        return [self.k, self.v] + ([] if self.filled is None else [self.filled])
+
+    def padded(self, window: int) -> "AttentionState":
+        """The same with `filled`, in tensors of its own."""
+        c = self.k.shape[1]
+        k, v = (F.pad(x, (0, 0, 0, 0, window - 1 - c, 0)) for x in (self.k, self.v))
+        return AttentionState(k, v, torch.tensor(c, device=k.device)).clone()
 
 
 class WindowAttention(nn.Module):
@@ -45,11 +56,14 @@ class WindowAttention(nn.Module):
         # Normalised queries and keys keep the logits bounded at high learning rates (Henry et al. 2020).
         q, k = rotate(rms_norm(queries_keys), phases)
         v = v[0]
-        cached = 0
+        cached, filled = 0, None
         if state is not None:
-            cached = state.k.shape[1]
+            cached, filled = state.k.shape[1], state.filled
             k = torch.cat([state.k.to(k.dtype), k], 1)
             v = torch.cat([state.v.to(v.dtype), v], 1)
+        if filled is not None:
+            out = _attend_one(q, k, v, filled)
+            return out.flatten(2), AttentionState(k[:, 1:], v[:, 1:], (filled + 1).clamp_max(self.window - 1))
         out = window_attention(q, k, v, self.window, cached)
         keep = max(0, k.shape[1] - (self.window - 1))
         return out.flatten(2), AttentionState(k[:, keep:], v[:, keep:])
@@ -81,6 +95,14 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, cached: int =
     keys, values = (_with_left_neighbour(x, window) for x in (k, v))
     tail = _attend(blocks, keys, values, window, window)
     return torch.cat([head, tail.reshape(B, -1, H, E)[:, : T - first]], 1)
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, filled: Tensor) -> Tensor:
+    """One query [B, 1, H, E] over its own key and the last `filled` [] before it, of k, v [B, window, H, E]."""
+    window = k.shape[1]
+    seen = torch.arange(window, device=k.device) >= window - 1 - filled
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.expand(1, 1, 1, -1)).transpose(1, 2)
 
 
 def _with_left_neighbour(x: Tensor, window: int) -> Tensor:

@@ -4,6 +4,7 @@ The blocks' fast weights see patches, and a text repeats itself at any byte: wha
 back at another. Here every byte's context is the state of the byte head before it, wherever in its patch it stands.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -21,8 +22,8 @@ class ByteMemoryState:
     """What a stream goes on from, N being the span.
 
     Attributes:
-        M, z: the fast weights [B, H, E, E] and their normaliser [B, H, E].
-        keys: [B, H, N, E] of the contexts before the last N bytes; 0 where there is none.
+        M, z: the fast weights [B, H, K, E] and their normaliser [B, H, K].
+        keys: [B, H, N, K] of the contexts before the last N bytes; 0 where there is none.
         bytes: [B, N − 1] the bytes before the last one, BEGIN where there is none.
         reads: [B, N − 1, H · E] of the contexts before them.
     """
@@ -55,26 +56,36 @@ class ByteMemory(nn.Module):
     a context recalls its like before anything has been learned. A span is written at once, so that a fact takes one
     key and not one for each of its bytes, and its later bytes follow from the question and not from each other.
 
-    Nothing decays: what is there stays until something else is written over it, and plasticity, which shortens the
-    blocks' memories, does not reach this one. So all depends on writing little. β reaches exactly 0 and 1, and is steep
-    where it does (a stretched sigmoid, as in Louizos et al. 2018): what is not written cannot wear off what was, over
-    any distance. A price on β in training (`TrainingStep.write_price`) makes it choose.
+    In most heads nothing decays: what is there stays until something else is written over it, and plasticity, which
+    shortens the blocks' memories, does not reach this one. So all depends on writing little. β reaches exactly 0 and 1,
+    and is steep where it does (a stretched sigmoid, as in Louizos et al. 2018): what is not written cannot wear off what
+    was, over any distance. A price on β in training (`TrainingStep.write_price`) makes it choose.
     Where β is 0 it has no gradient: a gate that has shut everywhere stays shut.
+
+    Short heads forget, within hundreds of bytes, and writing into them is free: what is worth little and only for a
+    while, as most of what helps to predict a text, has a place of its own and is not bought with the space of facts.
+
+    Keys are wider than values. Each write under the delta rule takes 1/K of what was written under an unlike key, so K
+    says how many writes later a fact is still there; what was written has to be told from 256 bytes only, and M is of
+    K · E values: one head of 256 × 64 costs what four of 64 × 64 do.
 
     Args:
         head_dim: width of h.
-        heads, dim: H and E.
+        heads, dim, key_dim: H, E (of values) and K (of keys).
         rule: "delta" or "hebbian", as in `HebbianMemory`.
         span: N.
+        short: more heads, which forget and whose writing is free.
     """
 
+    SHORT = 512  # 1 / (1 − λ) of the short heads, in bytes
     STRETCH = 0.25  # β = clip((1 + 2 s) sigmoid − s, 0, 1)
 
-    def __init__(self, head_dim: int, heads: int, dim: int, rule: str, span: int):
+    def __init__(self, head_dim: int, heads: int, dim: int, key_dim: int, rule: str, span: int, short: int = 0):
         super().__init__()
-        self.heads, self.rule, self.span = heads, rule, span
-        self.queries = nn.Linear(head_dim, heads * dim, bias=False)
-        self.keys = nn.Linear(head_dim, heads * dim, bias=False)
+        self.heads, self.long, self.rule, self.span = heads + short, heads, rule, span
+        heads += short
+        self.queries = nn.Linear(head_dim, heads * key_dim, bias=False)
+        self.keys = nn.Linear(head_dim, heads * key_dim, bias=False)
         self.values = nn.Embedding(257 * span, heads * dim)  # place j of a span: from row 257 j on; BEGIN has a row
         self.gates = nn.Linear(head_dim, 2 * heads)  # writing strength, reading strength
         self.output = nn.Linear(span * heads * dim, 256, bias=False)
@@ -100,7 +111,7 @@ class ByteMemory(nn.Module):
         Args:
             hidden: [B, L, head_dim], states that predict each byte, of any float type; L ≥ 1.
             previous: [B, L] the byte before each, BEGIN for none.
-            writes: if given, the writing strengths β [B, H, L] are appended to it.
+            writes: if given, the writing strengths β [B, heads, L] of those that do not forget are appended to it.
 
         Returns:
             What is added to the logits [B, L, 256], and the state; float32, or float64 for a float64 model.
@@ -114,7 +125,7 @@ class ByteMemory(nn.Module):
             write, read = gates.split(self.heads, 1)
             beta = ((1 + 2 * self.STRETCH) * write.sigmoid() - self.STRETCH).clamp(0, 1)
             if writes is not None:
-                writes.append(beta)
+                writes.append(beta[:, : self.long])
             if self.rule == "delta":
                 q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             else:
@@ -124,10 +135,11 @@ class ByteMemory(nn.Module):
             seen = torch.cat([state.bytes, previous.long()], 1)
             # What is written at a byte is the context before the span that ends with the byte before it.
             written, v = keys[:, :, :L], self._heads(self._values(seen, L, dtype))
-            no_decay = torch.zeros_like(beta)
+            log_decay = torch.zeros_like(beta)
+            log_decay[:, self.long :] = math.log1p(-1 / self.SHORT)
             if self.rule == "hebbian":
                 written, beta = written * beta.unsqueeze(-1), None
-            out, (M, z) = hebbian(q, written, v, no_decay, beta=beta, state=(state.M, state.z), impl=impl)
+            out, (M, z) = hebbian(q, written, v, log_decay, beta=beta, state=(state.M, state.z), impl=impl)
             out = (out * (2 * read.sigmoid()).unsqueeze(-1)).transpose(1, 2).flatten(2)
             reads = torch.cat([state.reads, out], 1)
             spans = torch.cat([reads[:, N - 1 - j : N - 1 - j + L] for j in range(N)], -1)
@@ -135,12 +147,12 @@ class ByteMemory(nn.Module):
             return logits, ByteMemoryState(M, z, keys[:, :, L:], seen[:, L:], reads[:, L:])
 
     def _begin(self, k: Tensor, previous: Tensor) -> ByteMemoryState:
-        """The state before a text whose keys are k [B, H, L, E]: nothing has been read or written."""
-        (B, H, _, E), N = k.shape, self.span
+        """The state before a text whose keys are k [B, H, L, K]: nothing has been read or written."""
+        (B, H, _, K), N, E = k.shape, self.span, self.values.embedding_dim // self.heads
         return ByteMemoryState(
-            k.new_zeros(B, H, E, E),
-            k.new_zeros(B, H, E),
-            k.new_zeros(B, H, N, E),
+            k.new_zeros(B, H, K, E),
+            k.new_zeros(B, H, K),
+            k.new_zeros(B, H, N, K),
             torch.full_like(previous[:, :1], BEGIN, dtype=torch.long).expand(B, N - 1),
             k.new_zeros(B, N - 1, H * E),
         )
@@ -151,5 +163,5 @@ class ByteMemory(nn.Module):
         return sum(F.embedding(seen[:, j : j + L] + 257 * j, table) for j in range(N)) / N**0.5
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[B, L, H · E] → [B, H, L, E]."""
+        """[B, L, H · width] → [B, H, L, width]."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

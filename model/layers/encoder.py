@@ -49,6 +49,6 @@ class ByteLatentEncoder(nn.Module):
         """Project every patch to `width` more channels, behind those that are there."""
         self.columns.append(nn.Linear(self.projection.in_features, width, bias=False))
 
-    def phases(self, T: int, offset: int, device: torch.device) -> Phases:
+    def phases(self, T: int, offset: int | Tensor, device: torch.device) -> Phases:
         """Rotary phases of patch positions offset … offset + T − 1: (cos, sin), each [T, 1, E / 2]."""
         return self.rotary(T, offset, device)

@@ -20,11 +20,13 @@ class Rotary(nn.Module):
         exponents = torch.arange(0, head_width, 2, dtype=torch.float64, device="cpu") / head_width
         self._frequencies = base**-exponents
 
-    def forward(self, T: int, offset: int, device: torch.device) -> Phases:
-        """(cos, sin), each [T, 1, E / 2] in float32, to broadcast over heads of [..., T, H, E]."""
+    def forward(self, T: int, offset: int | Tensor, device: torch.device) -> Phases:
+        """(cos, sin), each [T, 1, E / 2] in float32, to broadcast over heads of [..., T, H, E].
+
+        `offset` may be a tensor [] on the device: a captured step goes on counting."""
         if self._frequencies.device != device:
             self._frequencies = self._frequencies.to(device)
-        positions = torch.arange(offset, offset + T, dtype=torch.float64, device=device)
+        positions = torch.arange(T, dtype=torch.float64, device=device) + offset
         angles = torch.outer(positions, self._frequencies)
         return angles.cos().float().unsqueeze(1), angles.sin().float().unsqueeze(1)
 

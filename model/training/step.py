@@ -32,8 +32,9 @@ class TrainingStep:
         ponder_cost: what is minimised has this times the mean of 1 − p_halt over all thinking steps added (nats).
 
     Attributes:
-        write_price: what is minimised has this times the mean of β (2 − β) over all writing strengths β added; a device
-            scalar. A full write costs 1, and a small one twice its size: it pays to write in full or not at all.
+        write_price: what is minimised has this times the mean over bytes of Σ β (2 − β) added, β being the heads'
+            writing strengths; a device scalar. A full write costs 1, and a small one twice its size: it pays to write
+            in full or not at all.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class TrainingStep:
             else:
                 loss, total = main_losses(model, x, weights, writes, halts)  # 1. main loss, answers counting more
         if writes:
-            total = total + self.write_price * (writes[0] * (2 - writes[0])).mean()
+            total = total + self.write_price * (writes[0] * (2 - writes[0])).sum(1).mean()
         if halts:
             total = total + self.ponder_cost * (1 - torch.cat(halts, -1).float()).mean()
         scaler.scale(total).backward()  # 4. backward,

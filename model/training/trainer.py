@@ -325,7 +325,8 @@ class Trainer:
         self.model.set_plasticity(self.curriculum.stages[index].plasticity)
         if self.training_step.priced:
             # A memory that costs before it is of use, or where nothing asks for it, would never be written into.
-            price = self.options.write_price * self._difficulty() if self.recall[index].share else 0.0
+            # What it is weighed against is as rare as the tasks.
+            price = self.options.write_price * self._difficulty() * self.recall[index].share
             self.training_step.write_price.fill_(price)
         batch, weights = self._batch(index)
         if self.device.type == "cuda":

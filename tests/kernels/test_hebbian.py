@@ -11,13 +11,13 @@ RULES = ("hebbian", "delta")
 PLASTICITIES = (0.0, 0.1, 0.5, 0.99, 1.0)
 
 
-def inputs(rule: str, alpha: float, T: int, E: int = 16, B: int = 2, H: int = 2, seed: int = 0) -> dict:
-    """Random float64 arguments with a state, log decays of the form log α + log λ_t."""
+def inputs(rule: str, alpha: float, T: int, E: int = 16, B: int = 2, H: int = 2, seed: int = 0, V: int = 0) -> dict:
+    """Random float64 arguments with a state, log decays of the form log α + log λ_t; values V wide, or E."""
     g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(B, H, T, E, generator=g, dtype=torch.float64) for _ in range(3))
+    q, k, v = (torch.randn(B, H, T, width, generator=g, dtype=torch.float64) for width in (E, E, V or E))
     log_decay = F.logsigmoid(torch.randn(B, H, T, generator=g, dtype=torch.float64) + 4)
     log_decay = log_decay + torch.tensor(alpha, dtype=torch.float64).log()
-    M = torch.randn(B, H, E, E, generator=g, dtype=torch.float64)
+    M = torch.randn(B, H, E, V or E, generator=g, dtype=torch.float64)
     z = torch.rand(B, H, E, generator=g, dtype=torch.float64) * E
     arguments = {"q": q, "k": k, "v": v, "log_decay": log_decay, "M": M, "z": z}
     if rule == "delta":
@@ -78,6 +78,12 @@ def check(rule: str, alpha: float, T: int, device: str, **shape) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_chunked_equals_the_float64_recurrence(rule, alpha, T):
     check(rule, alpha, T, "cpu")
+
+
+@pytest.mark.parametrize(("E", "V"), [(24, 8), (8, 24), (3, 1)])
+@pytest.mark.parametrize("rule", RULES)
+def test_values_of_another_width_than_keys(rule, E, V):
+    check(rule, 0.99, 200, "cpu", E=E, V=V)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -206,3 +212,20 @@ def test_bad_arguments_are_named(change, message):
     arguments = {"q": q, "k": q, "v": q, "log_decay": q[..., 0]} | change
     with pytest.raises(ValueError, match=message):
         hebbian(**arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rule", RULES)
+def test_auto_takes_the_kernels_where_they_run(rule):
+    pytest.importorskip("triton")
+
+    def same(impl, dtype, T, **shape):
+        arguments = {name: x.to("cuda") for name, x in inputs(rule, 0.9, T, **shape).items()}
+        found, _ = _forward(arguments, "auto", dtype)
+        return torch.equal(found, _forward(arguments, impl, dtype)[0])
+
+    assert same("triton", torch.float32, 130) and not same("chunked", torch.float32, 130)
+    assert same("chunked", torch.float64, 130)
+    assert same("chunked", torch.float32, 63)
+    assert same("recurrent", torch.float32, 1)
+    assert same("chunked", torch.float32, 130, E=300, B=1, H=1)

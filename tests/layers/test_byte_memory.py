@@ -9,12 +9,14 @@ from model.layers.byte_memory import ByteMemory
 from model.layers.head import BEGIN
 from tests.conftest import make_random_model
 
-WIDTH, HEADS, DIM = 24, 3, 8
+WIDTH, HEADS, DIM, KEY_DIM = 24, 3, 8, 12
 
 
-def make(rule: str = "delta", seed: int = 0, gates: float = 2.0, span: int = 4, dim: int = DIM) -> ByteMemory:
+def make(
+    rule: str = "delta", seed: int = 0, gates: float = 2.0, span: int = 4, dim: int = DIM, short: int = 0
+) -> ByteMemory:
     torch.manual_seed(seed)
-    memory = ByteMemory(WIDTH, HEADS, dim, rule, span)
+    memory = ByteMemory(WIDTH, HEADS - short, dim, KEY_DIM, rule, span, short)
     initialise(memory)
     with torch.no_grad():
         memory.keys.weight.normal_(std=WIDTH**-0.5)
@@ -40,13 +42,13 @@ def reference(memory: ByteMemory, hidden, previous):
     for row in range(rows):
         x = previous[row, 1:].tolist()
         for h in range(HEADS):
-            part = slice(h * DIM, (h + 1) * DIM)
-            M, z = torch.zeros(DIM, DIM, dtype=torch.float64), torch.zeros(DIM, dtype=torch.float64)
+            part, keyed = slice(h * DIM, (h + 1) * DIM), slice(h * KEY_DIM, (h + 1) * KEY_DIM)
+            M, z = torch.zeros(KEY_DIM, DIM, dtype=torch.float64), torch.zeros(KEY_DIM, dtype=torch.float64)
             keys, reads = [], []
             for t in range(length):
                 u = hidden[row, t].double()
                 u = u / (u.square().mean() + 1e-6).sqrt()
-                q, k = w["queries.weight"][part] @ u, w["keys.weight"][part] @ u
+                q, k = w["queries.weight"][keyed] @ u, w["keys.weight"][keyed] @ u
                 gates = w["gates.weight"] @ u + w["gates.bias"]
                 write, read = gates[h], gates[HEADS + h]
                 beta = ((1 + 2 * s) * torch.sigmoid(write) - s).clamp(0, 1)
@@ -54,6 +56,8 @@ def reference(memory: ByteMemory, hidden, previous):
                     q, k = q / q.norm(), k / k.norm()
                 else:
                     q, k = F.elu(q) + 1, F.elu(k) + 1
+                if h >= memory.long:
+                    M, z = (1 - 1 / 512) * M, (1 - 1 / 512) * z
                 if t >= N:
                     value = sum(w["values.weight"][257 * j + x[t - N + j], part] for j in range(N)) / N**0.5
                     key = keys[t - N]
@@ -72,9 +76,9 @@ def reference(memory: ByteMemory, hidden, previous):
 
 
 @pytest.mark.parametrize("rule", ["delta", "hebbian"])
-@pytest.mark.parametrize("span", [1, 2, 4, 7])
-def test_it_is_the_formula_in_float64(rule, span):
-    memory = make(rule, span=span)
+@pytest.mark.parametrize(("span", "short"), [(1, 0), (2, 1), (4, 3), (7, 0)])
+def test_it_is_the_formula_in_float64(rule, span, short):
+    memory = make(rule, span=span, short=short)
     hidden, previous = stream(90)
     found, _ = memory(hidden, previous)
     expected = reference(memory, hidden, previous)

@@ -128,7 +128,7 @@ def test_the_price_is_that_of_the_writing_strengths(weighted, rehearses):
         torch.manual_seed(0)  # of what is drawn to be rehearsed
         step.run(batch, weights)
     before(torch.cat([batch, rows_drawn(step, 64)]) if rehearses else batch, writes=(writes := []))
-    (expected,) = torch.autograd.grad(3.0 * (1 - (1 - writes[0]) ** 2).mean(), before.head.memory.gates.weight)
+    (expected,) = torch.autograd.grad(3.0 * (1 - (1 - writes[0]) ** 2).sum(1).mean(), before.head.memory.gates.weight)
     torch.testing.assert_close(gradients[3.0] - gradients[0.0], expected, rtol=1e-3, atol=1e-6)
     assert expected.abs().max() > 1e-3
 
@@ -139,7 +139,7 @@ def test_the_price_rises_with_the_difficulty(curriculum, script, tmp_path, capsy
         run = TrainingStep.run
         patch.setattr(TrainingStep, "run", lambda s, *rest: seen.append(s.write_price.item()) or run(s, *rest))
         arguments = [*WITH_MEMORY, "--curriculum", curriculum, "--steps", 20]
-        for options, price in ((["--recall", 0.25], 4.0), (["--recall", 0.25, "--write-price", 0.5], 0.5)):
+        for options, price in ((["--recall", 0.25], 4.0), (["--recall", 0.5, "--write-price", 1], 0.5)):
             seen.clear()
             assert script(*arguments, *options, "--out", tmp_path / f"at{price}") == 0
             assert seen == pytest.approx([price * min(1.0, i / 10) for i in range(20)])
@@ -154,7 +154,7 @@ def test_the_price_rises_with_the_difficulty(curriculum, script, tmp_path, capsy
         between = curriculum.parent / "between.toml"
         between.write_text(toml.replace("share = 0.4", "share = 0.2"), encoding="utf-8")
         assert script(*WITH_MEMORY, "--curriculum", between, "--steps", 20, "--out", tmp_path / "between") == 0
-        assert seen == pytest.approx([0.0] * 4 + [4 * min(1.0, i / 6) for i in range(12)] + [0.0] * 4)
+        assert seen == pytest.approx([0.0] * 4 + [8 * min(1.0, i / 6) for i in range(12)] + [0.0] * 4)
     assert not identical(tmp_path / "at4.0", tmp_path / "at0.5")
     assert script(*arguments, "--write-price", -1, "--out", tmp_path / "bad") == 2
     assert "write_price=-1.0: accepted is a number ≥ 0" in capsys.readouterr().err
