@@ -58,8 +58,8 @@ class ByteMemory(nn.Module):
 
     In most heads nothing decays: what is there stays until something else is written over it, and plasticity, which
     shortens the blocks' memories, does not reach this one. So all depends on writing little. β reaches exactly 0 and 1,
-    and is steep where it does (a stretched sigmoid, as in Louizos et al. 2018): what is not written cannot wear off what
-    was, over any distance. A price on β in training (`TrainingStep.write_price`) makes it choose.
+    and is steep where it does (a stretched sigmoid, as in Louizos et al. 2018): what is not written cannot wear off
+    what was, over any distance. A price on β in training (`TrainingStep.write_price`) makes it choose.
     Where β is 0 it has no gradient: a gate that has shut everywhere stays shut.
 
     Short heads forget, within hundreds of bytes, and writing into them is free: what is worth little and only for a

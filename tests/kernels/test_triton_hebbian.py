@@ -244,7 +244,7 @@ def test_bad_input_is_named(rule, monkeypatch):
         call("triton", {name: x.to(DEVICE) for name, x in a.items()})
     with pytest.raises(ValueError, match="q has E=129: with impl='triton', accepted is 1 to 128"):
         call("triton", {name: x.to(DEVICE, torch.float32) for name, x in inputs(rule, 0.5, 2, 129).items()})
-    with pytest.raises(ValueError, match=r"v has shape \(2, 2, 2, 4\): with impl='triton', accepted is q's, \(2, 2, 2, 8\)"):
+    with pytest.raises(ValueError, match=r"v has shape \(2, 2, 2, 4\): with impl='triton', accepted is q's"):
         call("triton", {name: x.to(DEVICE, torch.float32) for name, x in random_inputs(rule, 0.5, 2, 8, V=4).items()})
 
 
