@@ -15,7 +15,7 @@ from model import AGIFormer, AGIFormerConfig
 
 TINY = {
     "d_model": 32, "n_layers": 2, "n_heads": 2, "byte_dim": 16, "window": 8, "ffn_dim": 48, "reasoning_dim": 48,
-    "head_dim": 32, "recall_heads": 2, "recall_dim": 8, "recall_key_dim": 12, "recall_span": 3,
+    "head_dim": 32, "recall_heads": 2, "recall_dim": 8, "recall_key_dim": 8, "recall_span": 3,
 }  # fmt: skip
 
 

@@ -38,8 +38,8 @@ def test_the_format_is_the_one_that_is_taught():
     formats = set()
     for seed in range(60):
         row = make_row(b" " * 400, "pairs", RecallOptions(1.0), 0.5, random.Random(seed)).data
-        if re.match(rb"[a-z]{3}=[0-9]{3};", row):
-            formats.add(bool(re.match(rb"(?:[a-z]{3}=[0-9]{3};)+(?:\?[a-z]{3}=[0-9]{3};)+", row)))
+        if re.search(rb"\n[a-z]{3}=[0-9]{3};", row):
+            formats.add(bool(re.search(rb"\n(?:[a-z]{3}=[0-9]{3};)+ *\n(?:\?[a-z]{3}=[0-9]{3};)+", row)))
     assert formats == {True}
 
 
