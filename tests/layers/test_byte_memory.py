@@ -196,3 +196,16 @@ def test_the_model_without_it_is_the_model_whose_votes_are_zero():
     with torch.no_grad():
         with_memory.head.memory.output.weight.zero_()
     assert torch.equal(with_memory(x), expected)
+
+
+@torch.no_grad()
+def test_short_heads_forget_and_what_they_write_is_not_counted():
+    memory, (hidden, previous), writes = make(short=1), stream(60), []
+    _, state = memory(hidden, previous, writes=writes)
+    assert writes[0].shape == (2, HEADS - 1, 60)
+    # What follows is not written by anybody: long heads stay as they are, the short one fades by 1 − 1/512 a byte.
+    memory.gates.weight.zero_()
+    memory.gates.bias[:HEADS] = -20.0
+    _, after = memory(hidden, previous, state)
+    assert torch.equal(after.M[:, :-1], state.M[:, :-1])
+    torch.testing.assert_close(after.M[:, -1], state.M[:, -1] * (1 - 1 / 512) ** 60, rtol=1e-4, atol=1e-6)
