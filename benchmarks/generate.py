@@ -154,10 +154,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=machine.several, metavar="N,N", help="rows at once (default: 1,16,256; 1 on a CPU)")
     add("--contexts", type=machine.several, metavar="N,N", help="bytes read before (default: 1024,1048576)")
     add("--bytes", type=positive, metavar="N", help="of a row written in each repeat (default: 256)")
-    machine.add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    machine.fill_in(arguments, QUICK if arguments.quick else DEFAULTS)
-    return arguments
+    return machine.read_arguments(parser, argv, DEFAULTS, QUICK)
 
 
 def main(argv: list[str] | None = None) -> int:

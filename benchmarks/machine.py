@@ -56,6 +56,16 @@ def add_arguments(parser: Parser) -> None:
     add("--json", metavar="FILE", help="write machine, settings and all numbers there too, after every row")
 
 
+def read_arguments(
+    parser: Parser, argv: list[str] | None, defaults: dict[str, Any], quick: dict[str, Any]
+) -> argparse.Namespace:
+    """The parser's options and those that all of them have; what was not given as `defaults`, or `quick`, say."""
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    fill_in(arguments, quick if arguments.quick else defaults)
+    return arguments
+
+
 def fill_in(arguments: argparse.Namespace, defaults: dict[str, Any]) -> None:
     """Give what was not given its default."""
     for name, value in defaults.items():

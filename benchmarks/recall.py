@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.machine import several
 from model.agiformer import AGIFormer
 from model.cli import Parser, guarded, positive
 from model.config import AGIFormerConfig
@@ -345,11 +346,6 @@ def machine(device: torch.device) -> str:
 
 
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def several(text: str) -> tuple[int, ...]:
-    """An argparse type: integers ≥ 1, separated by commas."""
-    return tuple(positive(part.strip()) for part in text.split(","))
 
 
 def main(argv: list[str] | None = None) -> int:

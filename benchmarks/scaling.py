@@ -46,10 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--what", default="plain", metavar="A", help=f"one of {', '.join(train.WHAT)} (default: plain)")
     add("--seq-len", type=machine.several, metavar="N,N", help="bytes of a row (default: 1024 to 262144, doubling)")
     add("--bytes", type=positive, metavar="N", help="of a step (default: 262144)")
-    machine.add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    machine.fill_in(arguments, QUICK if arguments.quick else DEFAULTS)
-    return arguments
+    return machine.read_arguments(parser, argv, DEFAULTS, QUICK)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -519,10 +519,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=machine.several, metavar="N,N", help="rows of a step (default: 8,16,32,64,128)")
     add("--peak", type=float, metavar="TFLOPS", help=f"of the device (default: {PEAK:g} on CUDA, an H100 in bf16)")
     add("--profile", action="store_true", help="tables of where a step's time goes, at the best batch size of each")
-    machine.add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    machine.fill_in(arguments, QUICK if arguments.quick else {"repeats": 30, "batch_size": (8, 16, 32, 64, 128)})
-    return arguments
+    return machine.read_arguments(parser, argv, {"repeats": 30, "batch_size": (8, 16, 32, 64, 128)}, QUICK)
 
 
 def main(argv: list[str] | None = None) -> int:

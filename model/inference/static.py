@@ -1,10 +1,11 @@
 """StaticStream: a stream whose state has fixed shapes at fixed addresses, so that a step can be one CUDA graph."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.agiformer import TrunkState
-from model.inference.stream import ByteStream
+from model.inference.stream import ByteStream, without_draws
 from model.layers.block import BlockState
 from model.layers.byte_memory import ByteMemoryState
 from model.layers.memory import MemoryState
@@ -37,7 +38,7 @@ class StaticStream:
         self.thinking_steps = stream.thinking_steps
         self.position = stream.position
         self.place = stream._open.shape[1]
-        self._open = torch.nn.functional.pad(stream._open, (0, P - self.place))  # [B, P]
+        self._open = F.pad(stream._open, (0, P - self.place))  # [B, P]
         self._tail, self._boundary = stream._tail.clone(), stream._boundary.clone()
         self._latent, self._hidden = stream._latent.clone(), stream._hidden.clone()
         self._conditioned = stream._conditioned.clone()
@@ -74,15 +75,10 @@ class StaticStream:
         """The open patch is whole: open the next."""
         model = self.model
         P, overlap = model.config.patch_size, model.config.patch_overlap
-        training = model.training
-        model.eval()  # routers would draw samples
-        try:
+        with without_draws(model):
             z, trunk = model.trunk(model.encoder(self._open, self._tail), self._trunk)
             latent = model.think(z, trunk, steps=self.thinking_steps)[:, -1]
-        finally:
-            model.train(training)
-        for held, new in zip(self._trunk.tensors(), trunk.tensors()):
-            held.copy_(new)
+        _hold(self._trunk, trunk)
         self._trunk.position.copy_(trunk.position)
         self._tail.copy_(self._open[:, P - overlap :])
         self._boundary.copy_(self._open[:, P - 1 :])
@@ -97,9 +93,14 @@ class StaticStream:
         if self._recall is None:
             return
         recalled, state = self.model.head.memory(self._hidden.unsqueeze(1), previous, self._recall)
-        for held, new in zip(self._recall.tensors(), state.tensors()):
-            held.copy_(new)
+        _hold(self._recall, state)
         self._recalled.copy_(recalled[:, -1])
+
+
+def _hold(held: TrunkState | ByteMemoryState, new: TrunkState | ByteMemoryState) -> None:
+    """Take over what is new, where the tensors that are held lie."""
+    for old, tensor in zip(held.tensors(), new.tensors()):
+        old.copy_(tensor)
 
 
 def _padded(module, state: BlockState | NodeState) -> BlockState | NodeState:

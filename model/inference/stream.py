@@ -1,6 +1,8 @@
 """ByteStream: the model fed byte by byte, or in pieces, at constant memory."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,6 +12,19 @@ from model.layers.byte_memory import ByteMemoryState
 from model.layers.head import BEGIN
 
 PIECE = 256  # patches taken through the trunk at once while reading a long prompt: bounds the working memory
+
+
+@contextmanager
+def without_draws(model: AGIFormer) -> Iterator[None]:
+    """Evaluation mode, if the model is not in it already: in training routers would draw samples."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
 
 
 class ByteStream:
@@ -94,14 +109,8 @@ class ByteStream:
 
     def _advance(self, latents: Tensor) -> Tensor:
         """Latents [B, T, D] through trunk and reasoning, carrying the state."""
-        training = self.model.training
-        if training:  # routers would draw samples
-            self.model.eval()
-        try:
+        with without_draws(self.model):
             return self._read_patches(latents)
-        finally:
-            if training:
-                self.model.train()
 
     def _read_patches(self, latents: Tensor) -> Tensor:
         z, state = self.model.trunk(latents, self._trunk)
