@@ -337,9 +337,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--length", type=positive, metavar="T", help="steps (default: 4096)")
     add("--width", type=positive, metavar="E", help="of queries and keys (default: 64)")
     add("--value-dim", type=positive, metavar="V", help="of values (default: that of keys)")
-    machine.add_arguments(parser)
-    arguments = parser.parse_args(argv)
-    machine.fill_in(arguments, QUICK if arguments.quick else DEFAULTS)
+    arguments = machine.read_arguments(parser, argv, DEFAULTS, QUICK)
     machine.fill_in(arguments, {"value_dim": arguments.width})
     return arguments
 
