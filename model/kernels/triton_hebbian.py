@@ -40,7 +40,7 @@ ROWS = 32  # rows of any product's result: 64 would be wgmma
 COLUMNS = 64  # columns of a result: more than rows, or warps would be given the same rows twice
 STEP, STEPS = 16, 32  # channels, and steps of a chunk, that a product takes at once
 REGISTERS = 128  # of a thread, of 8 warps: two programs on a multiprocessor
-WIDEST = 128  # E
+WIDEST_KEYS, WIDEST_VALUES = 256, 128  # E, V
 CARRIED = 512  # elements of a state that one program carries
 
 
@@ -48,15 +48,16 @@ def triton_hebbian(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: St
     """`recurrent_hebbian` on the card, with gradients of all inputs.
 
     Args:
-        q, k, v: [B, H, T, E] float32, T ≥ 1, E ≤ 128, of any strides.
+        q, k: [B, H, T, E] float32, T ≥ 1, E ≤ 256, of any strides.
+        v: [B, H, T, V], V ≤ 128.
         log_decay: [B, H, T] ≤ 0; −inf erases.
-        state: (M [B, H, E, E], z [B, H, E]).
+        state: (M [B, H, E, V], z [B, H, E]).
 
     Returns:
-        out [B, H, T, E], laid out in memory as [B, T, H, E], and the state after step T.
+        out [B, H, T, V], laid out in memory as [B, T, H, V], and the state after step T.
 
     Raises:
-        ValueError: without triton or CUDA, or for another dtype or a wider E.
+        ValueError: without triton or CUDA, or for another dtype or a wider E or V.
     """
     check(q, v)
     out, M, z = apply(_TritonHebbian, q, k, v, log_decay, *state)
@@ -79,10 +80,10 @@ def _refuses(q: Tensor, v: Tensor) -> str | None:
         return "impl='triton': accepted on a CUDA device with triton installed"
     if q.dtype != torch.float32:
         return f"q has dtype {q.dtype}: with impl='triton', accepted is torch.float32"
-    if q.shape[-1] > WIDEST:
-        return f"q has E={q.shape[-1]}: with impl='triton', accepted is 1 to {WIDEST}"
-    if v.shape != q.shape:
-        return f"v has shape {tuple(v.shape)}: with impl='triton', accepted is q's, {tuple(q.shape)}"
+    if not 1 <= q.shape[-1] <= WIDEST_KEYS:
+        return f"q has E={q.shape[-1]}: with impl='triton', accepted is 1 to {WIDEST_KEYS}"
+    if not 1 <= v.shape[-1] <= WIDEST_VALUES:
+        return f"v has V={v.shape[-1]}: with impl='triton', accepted is 1 to {WIDEST_VALUES}"
     return None
 
 
@@ -93,26 +94,34 @@ def _interpreted() -> bool:
 class Shape:
     """The sizes of one call, and what follows from them: all choices of blocks and warps are made here."""
 
-    def __init__(self, q: Tensor):
+    def __init__(self, q: Tensor, v: Tensor):
         self.B, self.H, self.T, self.E = q.shape
+        self.V = v.shape[-1]
         self.C = min(CHUNK, max(16, 1 << (self.T - 1).bit_length()))
         self.N = -(-self.T // self.C)
         self.chunks = self.B * self.H * self.N
         self.width = max(16, 1 << (self.E - 1).bit_length())  # E padded to a power of two
         self.rows = min(ROWS, self.C)  # of a chunk, in one program
         self.state_rows = min(ROWS, self.width)  # of a state, in one program
-        self.columns = min(COLUMNS, self.width)
-        self.step = min(STEP, self.width)
+        self.key_columns = min(COLUMNS, self.width)
+        self.columns = min(COLUMNS, max(16, 1 << (self.V - 1).bit_length()))  # of values
         self.steps = min(STEPS, self.C)
         self.blocks = self.C // self.rows
-        # Warps share the columns, at least 8 each.
-        self.launch = {"num_warps": max(2, self.columns // 8)}
-        if self.columns == COLUMNS and self.C == CHUNK:
-            self.launch["maxnreg"] = REGISTERS
+        self.across = -(-self.V // self.columns)
+        self.squares = -(-self.E // self.state_rows) * self.across  # of a state
+        self.launch = self.warps(self.columns)
+        self.key_launch = self.warps(max(self.columns, self.key_columns))  # where there are results of either width
+
+    def warps(self, columns: int) -> dict[str, int]:
+        """How to launch a kernel whose results have so many columns: warps share them, at least 8 each."""
+        launch = {"num_warps": max(2, columns // 8)}
+        if columns == COLUMNS and self.C == CHUNK:
+            launch["maxnreg"] = REGISTERS
+        return launch
 
     def sizes(self) -> tuple[int, ...]:
-        """The arguments of every kernel over chunks: H, N, T, E, C."""
-        return self.H, self.N, self.T, self.E, self.C
+        """The arguments of every kernel over chunks: H, N, T, E, V, C."""
+        return self.H, self.N, self.T, self.E, self.V, self.C
 
 
 def readable(x: Tensor) -> Tensor:
@@ -127,10 +136,10 @@ def running_sums(log_decay: Tensor, s: Shape) -> Tensor:
     return sums
 
 
-def heads_last(q: Tensor) -> Tensor:
-    """An empty [B, H, T, E] in the order [B, T, H, E], in which layers join the heads without a copy."""
-    B, H, T, E = q.shape
-    return q.new_empty(B, T, H, E).transpose(1, 2)
+def heads_last(v: Tensor) -> Tensor:
+    """An empty [B, H, T, V] in the order [B, T, H, V], in which layers join the heads without a copy."""
+    B, H, T, V = v.shape
+    return v.new_empty(B, T, H, V).transpose(1, 2)
 
 
 def decay_gradient(parts: Tensor, s: Shape) -> Tensor:
@@ -139,23 +148,22 @@ def decay_gradient(parts: Tensor, s: Shape) -> Tensor:
 
 
 class _TritonHebbian(torch.autograd.Function):
-    """States are [chunks, E · E + E]: M and then z."""
+    """States are [chunks, E · V + E]: M and then z."""
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, M, z):
-        s = Shape(q)
+        s = Shape(q, v)
         q, k, v, M, z = readable(q), readable(k), readable(v), M.contiguous(), z.contiguous()
         sums = running_sums(log_decay, s)
-        states = q.new_empty(s.chunks, s.E * s.E + s.E)
-        squares = -(-s.E // s.state_rows) * -(-s.E // s.columns)
-        writes_kernel[(s.chunks * squares,)](
+        states = q.new_empty(s.chunks, s.E * s.V + s.E)
+        writes_kernel[(s.chunks * s.squares,)](
             k, k.stride(), v, v.stride(), sums, states, *s.sizes(), s.state_rows, s.columns, s.steps, **s.launch
         )
         M_out, z_out = _carry(states, sums, M, z, s, reverse=False)
-        out, normaliser = heads_last(q), q.new_empty(s.chunks, s.C)
-        outputs_kernel[(s.chunks * s.blocks * -(-s.E // s.columns),)](
+        out, normaliser = heads_last(v), q.new_empty(s.chunks, s.C)
+        outputs_kernel[(s.chunks * s.blocks * s.across,)](
             q, q.stride(), k, k.stride(), v, v.stride(), sums, states, out, out.stride(), normaliser,
-            *s.sizes(), s.rows, s.columns, s.step, True, EPSILON, **s.launch,
+            *s.sizes(), s.rows, s.columns, STEP, True, EPSILON, **s.launch,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, sums, states, out, normaliser)
         return out, M_out, z_out
@@ -164,13 +172,12 @@ class _TritonHebbian(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out, d_M, d_z):
         q, k, v, sums, states, out, normaliser = ctx.saved_tensors
-        s = Shape(q)
+        s = Shape(q, v)
         d_out = readable(d_out)
         d_states, d_normaliser = torch.empty_like(states), torch.empty_like(normaliser)
-        squares = -(-s.E // s.state_rows) * -(-s.E // s.columns)
-        reads_gradient_kernel[(s.chunks * squares,)](
+        reads_gradient_kernel[(s.chunks * s.squares,)](
             q, q.stride(), d_out, d_out.stride(), out, out.stride(), sums, normaliser, d_normaliser, d_states,
-            *s.sizes(), s.state_rows, s.columns, s.steps, s.step, **s.launch,
+            *s.sizes(), s.state_rows, s.columns, s.steps, STEP, True, **s.launch,
         )  # fmt: skip
         d_M, d_z = _carry(d_states, sums, d_M.contiguous(), d_z.contiguous(), s, reverse=True)
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -184,7 +191,7 @@ def _carry(states: Tensor, sums: Tensor, M: Tensor, z: Tensor, s: Shape, reverse
     M_out, z_out = torch.empty_like(M), torch.empty_like(z)
     tiles = -(-states.shape[1] // CARRIED)
     carry_kernel[(s.B * s.H * tiles,)](
-        states, sums, M, z, M_out, z_out, s.N, s.E, s.C, tiles, reverse, CARRIED, num_warps=4
+        states, sums, M, z, M_out, z_out, s.N, s.E, s.V, s.C, tiles, reverse, CARRIED, num_warps=4
     )
     return M_out, z_out
 
@@ -192,16 +199,19 @@ def _carry(states: Tensor, sums: Tensor, M: Tensor, z: Tensor, s: Shape, reverse
 def inner_gradients(
     q, k, v, d_out, sums, states, d_states, normaliser, d_normaliser, d_q, d_k, d_v, parts, s: Shape, normalise: bool
 ) -> None:
-    """Write d_q, d_k, d_v, and 2 · blocks parts of log λ's gradient. d_states: that of the state after each chunk."""
+    """Write d_q, d_k, d_v, and 2 · blocks parts of log λ's gradient. d_states: that of the state after each chunk.
+
+    Without a normaliser it is the delta rule, whose d_v (that of its corrections) is known by then and not written.
+    """
     grid = (s.chunks * s.blocks,)
-    shared = (*s.sizes(), s.rows, s.columns, s.step, normalise, parts.shape[1])
+    shared, last = (*s.sizes(), s.rows, s.key_columns, STEP), (normalise, parts.shape[1])
     query_gradients_kernel[grid](
         q, q.stride(), k, k.stride(), v, v.stride(), d_out, d_out.stride(), sums, normaliser, d_normaliser, states,
-        d_q, d_q.stride(), parts, *shared, **s.launch,
+        d_q, d_q.stride(), parts, *shared, *last, **s.key_launch,
     )  # fmt: skip
     key_gradients_kernel[grid](
         q, q.stride(), k, k.stride(), v, v.stride(), d_out, d_out.stride(), sums, normaliser, d_normaliser, states,
-        d_states, d_k, d_k.stride(), d_v, d_v.stride(), parts, *shared, **s.launch,
+        d_states, d_k, d_k.stride(), d_v, d_v.stride(), parts, *shared, s.columns, *last, **s.key_launch,
     )  # fmt: skip
 
 
@@ -245,9 +255,10 @@ if triton is not None:
         return tl.load(x + i * strides[2], i < left, other=0.0)
 
     @triton.jit
-    def matrix(x, i, j, row, column, E: tl.constexpr):
-        """x[i, j] of an [E, E] matrix with these strides; 0 outside."""
-        return tl.load(x + i[:, None] * row + j[None, :] * column, (i[:, None] < E) & (j[None, :] < E), other=0.0)
+    def matrix(x, i, j, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+        """x[i, j] of a matrix of this size with these strides; 0 outside."""
+        inside = (i[:, None] < HEIGHT) & (j[None, :] < WIDTH)
+        return tl.load(x + i[:, None] * row + j[None, :] * column, inside, other=0.0)
 
     @triton.jit
     def between(sums, i, j, C: tl.constexpr):
@@ -262,7 +273,7 @@ if triton is not None:
         return tl.exp(tl.where(tl.load(sums + 2 * C + i) == 0, tl.load(sums + i), float("-inf")))
 
     @triton.jit
-    def sums_kernel(g, gs, sums, H, N, T, E: tl.constexpr, C: tl.constexpr):
+    def sums_kernel(g, gs, sums, H, N, T, E: tl.constexpr, V: tl.constexpr, C: tl.constexpr):
         _, chunk, b, h, first, left = place(H, N, T, C, 1)
         i = tl.arange(0, C)
         step = load_vector(at(g, gs, b, h, first), gs, i, left)
@@ -277,10 +288,11 @@ if triton is not None:
     @triton.jit
     def writes_kernel(
         k, ks, v, vs, sums, states,
-        H, N, T, E: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
+        H, N, T, E: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+        BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
     ):  # fmt: skip
         """What each chunk adds to M and to z."""
-        ACROSS: tl.constexpr = (E + BV - 1) // BV
+        ACROSS: tl.constexpr = (V + BV - 1) // BV
         tile, chunk, b, h, first, left = place(H, N, T, C, (E + BK - 1) // BK * ACROSS)
         e, x = tile // ACROSS * BK + tl.arange(0, BK), tile % ACROSS * BV + tl.arange(0, BV)
         k, v = at(k, ks, b, h, first), at(v, vs, b, h, first)
@@ -290,21 +302,21 @@ if triton is not None:
         for j0 in range(0, C, BC):
             j = j0 + tl.arange(0, BC)
             keys = load_t(k, ks, e, j, left, E) * between(sums, C - 1, j, C)[None, :]
-            write += dot(keys, load(v, vs, j, x, left, E))
+            write += dot(keys, load(v, vs, j, x, left, V))
             total += tl.sum(keys, 1)
-        states += chunk * (E * E + E)
-        tl.store(states + e[:, None] * E + x[None, :], write, (e[:, None] < E) & (x[None, :] < E))
+        states += chunk * (E * V + E)
+        tl.store(states + e[:, None] * V + x[None, :], write, (e[:, None] < E) & (x[None, :] < V))
         if tile % ACROSS == 0:
-            tl.store(states + E * E + e, total, e < E)
+            tl.store(states + E * V + e, total, e < E)
 
     @triton.jit
     def reads_gradient_kernel(
         q, qs, d_out, ds, out, os, sums, normaliser, d_normaliser, d_states,
-        H, N, T, E: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr,
-        BX: tl.constexpr,
+        H, N, T, E: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+        BK: tl.constexpr, BV: tl.constexpr, BC: tl.constexpr, BX: tl.constexpr, NORMALISE: tl.constexpr,
     ):  # fmt: skip
         """What each chunk's outputs add to the gradient of the state before it; and the gradient of the normaliser."""
-        ACROSS: tl.constexpr = (E + BV - 1) // BV
+        ACROSS: tl.constexpr = (V + BV - 1) // BV
         tile, chunk, b, h, first, left = place(H, N, T, C, (E + BK - 1) // BK * ACROSS)
         e, x = tile // ACROSS * BK + tl.arange(0, BK), tile % ACROSS * BV + tl.arange(0, BV)
         q, d_out, out = at(q, qs, b, h, first), at(d_out, ds, b, h, first), at(out, os, b, h, first)
@@ -313,22 +325,27 @@ if triton is not None:
         d_z = tl.zeros([BK], tl.float32)
         for i0 in range(0, C, BC):
             i = i0 + tl.arange(0, BC)
-            inverse = 1.0 / tl.load(normaliser + chunk * C + i)
             queries = load_t(q, qs, e, i, left, E) * since_start(sums, i, C)[None, :]
-            d_M += dot(queries, load(d_out, ds, i, x, left, E) * inverse[:, None])
+            d_numerator = load(d_out, ds, i, x, left, V)
+            if NORMALISE:
+                inverse = 1.0 / tl.load(normaliser + chunk * C + i)
+                d_numerator *= inverse[:, None]
+                if tile % ACROSS == 0:
+                    of_normaliser = tl.zeros([BC], tl.float32)
+                    for x0 in range(0, V, BX):
+                        some = x0 + tl.arange(0, BX)
+                        of_normaliser -= tl.sum(load(d_out, ds, i, some, left, V) * load(out, os, i, some, left, V), 1)
+                    of_normaliser *= inverse
+                    d_z += tl.sum(queries * of_normaliser[None, :], 1)
+                    if tile == 0:
+                        tl.store(d_normaliser + chunk * C + i, of_normaliser)
+            d_M += dot(queries, d_numerator)
+        d_states += chunk * (E * V + E if NORMALISE else E * V)
+        tl.store(d_states + e[:, None] * V + x[None, :], d_M, (e[:, None] < E) & (x[None, :] < V))
+        if NORMALISE:
+            d_states += E * V + e
             if tile % ACROSS == 0:
-                of_normaliser = tl.zeros([BC], tl.float32)
-                for x0 in range(0, E, BX):
-                    some = x0 + tl.arange(0, BX)
-                    of_normaliser -= tl.sum(load(d_out, ds, i, some, left, E) * load(out, os, i, some, left, E), 1)
-                of_normaliser *= inverse
-                d_z += tl.sum(queries * of_normaliser[None, :], 1)
-                if tile == 0:
-                    tl.store(d_normaliser + chunk * C + i, of_normaliser)
-        d_states += chunk * (E * E + E)
-        tl.store(d_states + e[:, None] * E + x[None, :], d_M, (e[:, None] < E) & (x[None, :] < E))
-        if tile % ACROSS == 0:
-            tl.store(d_states + E * E + e, d_z, e < E)
+                tl.store(d_states, d_z, e < E)
 
     @triton.jit
     def carry_step(x, write, state, sums, inside, C: tl.constexpr):
@@ -337,15 +354,15 @@ if triton is not None:
 
     @triton.jit
     def carry_kernel(
-        states, sums, M, z, M_out, z_out, N, E: tl.constexpr, C: tl.constexpr, TILES, REVERSE: tl.constexpr,
-        BLOCK: tl.constexpr,
+        states, sums, M, z, M_out, z_out, N, E: tl.constexpr, V: tl.constexpr, C: tl.constexpr, TILES,
+        REVERSE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """x ← total_n x + w_n over chunks, every x stored in the place of its w; element by element."""
-        SIZE: tl.constexpr = E * E + E
+        SIZE: tl.constexpr = E * V + E
         bh = (tl.program_id(0) // TILES).to(tl.int64)
         f = tl.program_id(0) % TILES * BLOCK + tl.arange(0, BLOCK)
-        of_M, of_z = f < E * E, (f >= E * E) & (f < SIZE)
-        x = tl.load(M + bh * E * E + f, of_M, other=0.0) + tl.load(z + bh * E + f - E * E, of_z, other=0.0)
+        of_M, of_z = f < E * V, (f >= E * V) & (f < SIZE)
+        x = tl.load(M + bh * E * V + f, of_M, other=0.0) + tl.load(z + bh * E + f - E * V, of_z, other=0.0)
         inside = f < SIZE
         start = bh * N
         direction = 1
@@ -366,23 +383,24 @@ if triton is not None:
                 x = carry_step(x, w2, states + n2 * SIZE + f, sums + n2 * 3 * C, inside, C)
             if n + 3 < N:
                 x = carry_step(x, w3, states + n3 * SIZE + f, sums + n3 * 3 * C, inside, C)
-        tl.store(M_out + bh * E * E + f, x, of_M)
-        tl.store(z_out + bh * E + f - E * E, x, of_z)
+        tl.store(M_out + bh * E * V + f, x, of_M)
+        tl.store(z_out + bh * E + f - E * V, x, of_z)
 
     @triton.jit
     def outputs_kernel(
-        q, qs, k, ks, v, vs, sums, states, out, os, normaliser, H, N, T, E: tl.constexpr, C: tl.constexpr,
-        BM: tl.constexpr, BE: tl.constexpr, BX: tl.constexpr, NORMALISE: tl.constexpr, EPSILON: tl.constexpr,
+        q, qs, k, ks, v, vs, sums, states, out, os, normaliser,
+        H, N, T, E: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+        BM: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, NORMALISE: tl.constexpr, EPSILON: tl.constexpr,
     ):  # fmt: skip
         """Rows of scores inside the chunk, and the read of the state before it."""
-        ACROSS: tl.constexpr = (E + BE - 1) // BE
+        ACROSS: tl.constexpr = (V + BV - 1) // BV
         tile, chunk, b, h, first, left = place(H, N, T, C, C // BM * ACROSS)
-        i, j, x = tile // ACROSS * BM + tl.arange(0, BM), tl.arange(0, C), tile % ACROSS * BE + tl.arange(0, BE)
+        i, j, x = tile // ACROSS * BM + tl.arange(0, BM), tl.arange(0, C), tile % ACROSS * BV + tl.arange(0, BV)
         q, k, v = at(q, qs, b, h, first), at(k, ks, b, h, first), at(v, vs, b, h, first)
         sums += chunk * 3 * C
-        states += chunk * (E * E + E if NORMALISE else E * E)
+        states += chunk * (E * V + E if NORMALISE else E * V)
         scores = tl.zeros([BM, C], tl.float32)
-        result = tl.zeros([BM, BE], tl.float32)
+        result = tl.zeros([BM, BV], tl.float32)
         total = tl.zeros([BM], tl.float32)
         since = since_start(sums, i, C)
         for e0 in range(0, E, BX):
@@ -390,23 +408,23 @@ if triton is not None:
             queries = load(q, qs, i, e, left, E)
             scores += dot(queries, load_t(k, ks, e, j, left, E))
             queries *= since[:, None]
-            result += dot(queries, matrix(states, e, x, E, 1, E))
+            result += dot(queries, matrix(states, e, x, V, 1, E, V))
             if NORMALISE:
-                total += tl.sum(queries * tl.load(states + E * E + e, e < E, other=0.0)[None, :], 1)
+                total += tl.sum(queries * tl.load(states + E * V + e, e < E, other=0.0)[None, :], 1)
         scores *= between(sums, i[:, None], j[None, :], C)
-        result += dot(scores, load(v, vs, j, x, left, E))
+        result += dot(scores, load(v, vs, j, x, left, V))
         if NORMALISE:
             total += tl.sum(scores, 1) + EPSILON
             result = result / total[:, None]
             if tile % ACROSS == 0:
                 tl.store(normaliser + chunk * C + i, total)
-        store(at(out, os, b, h, first), os, i, x, result, left, E)
+        store(at(out, os, b, h, first), os, i, x, result, left, V)
 
     @triton.jit
     def query_gradients_kernel(
         q, qs, k, ks, v, vs, d_out, ds, sums, normaliser, d_normaliser, states, d_q, dqs, parts,
-        H, N, T, E: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BX: tl.constexpr,
-        NORMALISE: tl.constexpr, PARTS: tl.constexpr,
+        H, N, T, E: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+        BM: tl.constexpr, BE: tl.constexpr, BX: tl.constexpr, NORMALISE: tl.constexpr, PARTS: tl.constexpr,
     ):  # fmt: skip
         """Gradients of some rows of queries, and of the decay since the chunk's start."""
         tile, chunk, b, h, first, left = place(H, N, T, C, C // BM)
@@ -414,7 +432,7 @@ if triton is not None:
         q, k, v = at(q, qs, b, h, first), at(k, ks, b, h, first), at(v, vs, b, h, first)
         d_out, d_q = at(d_out, ds, b, h, first), at(d_q, dqs, b, h, first)
         sums += chunk * 3 * C
-        states += chunk * (E * E + E if NORMALISE else E * E)
+        states += chunk * (E * V + E if NORMALISE else E * V)
         since = since_start(sums, i, C)
         inverse = since * 0.0 + 1.0
         of_normaliser = since * 0.0
@@ -422,20 +440,20 @@ if triton is not None:
             inverse = 1.0 / tl.load(normaliser + chunk * C + i)
             of_normaliser = tl.load(d_normaliser + chunk * C + i)
         d_scores = tl.zeros([BM, C], tl.float32)
-        for x0 in range(0, E, BX):
+        for x0 in range(0, V, BX):
             x = x0 + tl.arange(0, BX)
-            d_scores += dot(load(d_out, ds, i, x, left, E) * inverse[:, None], load_t(v, vs, x, j, left, E))
+            d_scores += dot(load(d_out, ds, i, x, left, V) * inverse[:, None], load_t(v, vs, x, j, left, V))
         d_scores = (d_scores + of_normaliser[:, None]) * between(sums, i[:, None], j[None, :], C)
         of_since = tl.zeros([BM], tl.float32)
         for e0 in range(0, E, BE):
             e = e0 + tl.arange(0, BE)
             d_queries = tl.zeros([BM, BE], tl.float32)
-            for x0 in range(0, E, BX):
+            for x0 in range(0, V, BX):
                 x = x0 + tl.arange(0, BX)
                 # the transposed state: rows are its columns
-                d_queries += dot(load(d_out, ds, i, x, left, E) * inverse[:, None], matrix(states, x, e, 1, E, E))
+                d_queries += dot(load(d_out, ds, i, x, left, V) * inverse[:, None], matrix(states, x, e, 1, V, V, E))
             if NORMALISE:
-                d_queries += of_normaliser[:, None] * tl.load(states + E * E + e, e < E, other=0.0)[None, :]
+                d_queries += of_normaliser[:, None] * tl.load(states + E * V + e, e < E, other=0.0)[None, :]
             d_queries *= since[:, None]
             of_since += tl.sum(d_queries * load(q, qs, i, e, left, E), 1)
             store(d_q, dqs, i, e, d_queries + dot(d_scores, load(k, ks, j, e, left, E)), left, E)
@@ -446,11 +464,12 @@ if triton is not None:
     @triton.jit
     def key_gradients_kernel(
         q, qs, k, ks, v, vs, d_out, ds, sums, normaliser, d_normaliser, states, d_states, d_k, dks, d_v, dvs, parts,
-        H, N, T, E: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BX: tl.constexpr,
+        H, N, T, E: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+        BM: tl.constexpr, BE: tl.constexpr, BX: tl.constexpr, BV: tl.constexpr,
         NORMALISE: tl.constexpr, PARTS: tl.constexpr,
     ):  # fmt: skip
         """Gradients of some rows of keys and values, and of the decays inside, to the end of, and over the chunk."""
-        SIZE: tl.constexpr = E * E + E if NORMALISE else E * E
+        SIZE: tl.constexpr = E * V + E if NORMALISE else E * V
         tile, chunk, b, h, first, left = place(H, N, T, C, C // BM)
         j, i = tile * BM + tl.arange(0, BM), tl.arange(0, C)
         q, k, v = at(q, qs, b, h, first), at(k, ks, b, h, first), at(v, vs, b, h, first)
@@ -463,36 +482,43 @@ if triton is not None:
             inverse = 1.0 / tl.load(normaliser + chunk * C + i)
         # Rows are keys and columns queries: the transposed scores, computed as such.
         scores = tl.zeros([BM, C], tl.float32)
-        d_scores = tl.zeros([BM, C], tl.float32)
         for e0 in range(0, E, BX):
             e = e0 + tl.arange(0, BX)
             scores += dot(load(k, ks, j, e, left, E), load_t(q, qs, e, i, left, E))
-            d_scores += dot(load(v, vs, j, e, left, E), load_t(d_out, ds, e, i, left, E) * inverse[None, :])
-        if NORMALISE:
-            d_scores += tl.load(d_normaliser + chunk * C + i)[None, :]
         within = between(sums, i[None, :], j[:, None], C)
         scores *= within
+        at_end = between(sums, C - 1, j, C)
+        if NORMALISE:
+            for x0 in range(0, V, BV):
+                x = x0 + tl.arange(0, BV)
+                d_values = tl.zeros([BM, BV], tl.float32)
+                for e0 in range(0, E, BX):
+                    e = e0 + tl.arange(0, BX)
+                    d_values += dot(load(k, ks, j, e, left, E), matrix(d_states, e, x, V, 1, E, V))
+                d_values *= at_end[:, None]
+                d_values += dot(scores, load(d_out, ds, i, x, left, V) * inverse[:, None])
+                store(d_v, dvs, j, x, d_values, left, V)
+        d_scores = tl.zeros([BM, C], tl.float32)
+        for x0 in range(0, V, BX):
+            x = x0 + tl.arange(0, BX)
+            d_scores += dot(load(v, vs, j, x, left, V), load_t(d_out, ds, x, i, left, V) * inverse[None, :])
+        if NORMALISE:
+            d_scores += tl.load(d_normaliser + chunk * C + i)[None, :]
         # d log Γ_ij spreads over steps j + 1 … i: first over those up to i, then those after j are kept.
         from_step = (i[:, None] >= i[None, :]).to(tl.float32)
         d_steps = dot(d_scores * scores, from_step)
         d_scores *= within
-        at_end = between(sums, C - 1, j, C)
         of_end = tl.zeros([BM], tl.float32)
         for e0 in range(0, E, BE):
             e = e0 + tl.arange(0, BE)
-            d_values = tl.zeros([BM, BE], tl.float32)
             d_keys = tl.zeros([BM, BE], tl.float32)
-            for x0 in range(0, E, BX):
+            for x0 in range(0, V, BX):
                 x = x0 + tl.arange(0, BX)
-                d_values += dot(load(k, ks, j, x, left, E), matrix(d_states, x, e, E, 1, E))
-                d_keys += dot(load(v, vs, j, x, left, E), matrix(d_states, x, e, 1, E, E))
+                d_keys += dot(load(v, vs, j, x, left, V), matrix(d_states, x, e, 1, V, V, E))
             if NORMALISE:
-                d_keys += tl.load(d_states + E * E + e, e < E, other=0.0)[None, :]
-            d_values *= at_end[:, None]
+                d_keys += tl.load(d_states + E * V + e, e < E, other=0.0)[None, :]
             d_keys *= at_end[:, None]
             of_end += tl.sum(d_keys * load(k, ks, j, e, left, E), 1)
-            d_values += dot(scores, load(d_out, ds, i, e, left, E) * inverse[:, None])
-            store(d_v, dvs, j, e, d_values, left, E)
             store(d_k, dks, j, e, d_keys + dot(d_scores, load(q, qs, i, e, left, E)), left, E)
         # This program's share of the gradient of the decay over the whole chunk.
         of_total = 0.0

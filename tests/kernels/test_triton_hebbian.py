@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model.kernels import hebbian
 from tests.kernels.test_hebbian import RULES, TOLERANCE
@@ -27,9 +28,25 @@ needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 DEVICE = "cuda" if CUDA else "cpu"
 
 
-def inputs(rule: str, alpha: float, T: int, E: int, B: int = 1, H: int = 1) -> dict[str, torch.Tensor]:
-    """Of float32's values, so that only what is done with them is compared."""
-    return {name: x.float().double() for name, x in random_inputs(rule, alpha, T, E, B, H, seed=T + E).items()}
+def inputs(
+    rule: str, alpha: float, T: int, E: int, B: int = 1, H: int = 1, V: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Of float32's values, so that only what is done with them is compared. V is E unless given."""
+    V = V or E
+    a = random_inputs(rule, alpha, T, max(E, V), B, H, seed=T + E)
+    a |= {"v": a["v"][..., :V], "M": a["M"][..., :E, :V]} | {name: a[name][..., :E] for name in ("q", "k", "z")}
+    if rule == "delta":
+        a["k"] = F.normalize(a["k"], dim=-1)
+    return {name: x.float().double() for name, x in a.items()}
+
+
+def of_bytes(T: int, E: int, V: int, B: int = 1, H: int = 1) -> dict[str, torch.Tensor]:
+    """What a byte memory gives: queries of norm 1, one decay a head and none in the first, one step in ten written."""
+    a = inputs("delta", 1.0, T, E, B, H, V)
+    a["q"] = F.normalize(a["q"], dim=-1).float().double()
+    a["log_decay"] = -torch.arange(H, dtype=torch.float64)[:, None].expand(B, H, T) / 512
+    a["beta"][torch.rand(B, H, T, generator=torch.Generator().manual_seed(T)) > 0.1] = 0
+    return a
 
 
 def call(impl: str, a: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
@@ -99,9 +116,30 @@ def test_kernels_are_the_recurrence(rule, alpha, T, E, B, H):
 
 
 @anywhere
+@pytest.mark.parametrize(
+    ("T", "E", "V"),
+    # Blocks of keys and of values, in parts, of either more; the widest keys there are.
+    [(18, 24, 8), (2, 8, 24), (2, 72, 40), (1, 40, 72), (5, 256, 64)],
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_keys_and_values_of_different_widths(rule, T, E, V):
+    check(inputs(rule, 0.9, T, E, V=V))
+
+
+@anywhere
+def test_most_steps_write_nothing():
+    check(of_bytes(70, 24, 8, H=2))
+    a = of_bytes(70, 24, 8)
+    a["beta"].zero_()
+    _, (M, _) = call("triton", {name: x.to(DEVICE, torch.float32) for name, x in a.items()})
+    # What is merely remembered is not rounded.
+    assert torch.equal(M.cpu(), a["M"].float())
+
+
+@anywhere
 @pytest.mark.parametrize("rule", RULES)
 def test_a_split_with_the_state_carried_is_the_whole(rule):
-    a = inputs(rule, 0.9, 70, 8)
+    a = inputs(rule, 0.9, 70, 24, V=8)
     expected, (M, z) = call("recurrent", a)
     a = {name: x.to(DEVICE, torch.float32) for name, x in a.items()}
     outputs = []
@@ -118,7 +156,7 @@ def test_a_split_with_the_state_carried_is_the_whole(rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_erasing_steps(rule):
     """−inf inside a chunk, at its first and its last step, twice in a row, and steps that come to the same."""
-    a = inputs(rule, 0.9, 80, 8)
+    a = inputs(rule, 0.9, 80, 24, V=8)
     for step, value in {20: "-inf", 21: "-inf", 50: -1e30, 63: "-inf", 64: -200, 70: "-inf"}.items():
         a["log_decay"][:, :, step] = float(value)
     check(a)
@@ -168,8 +206,8 @@ def test_inputs_of_any_strides(rule):
     def steps_first(x):
         return x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() > 2 else x
 
-    check(inputs(rule, 0.5, 3, 8, 2, 2), lay=apart)
-    check(inputs(rule, 0.5, 3, 8, 1, 2), lay=steps_first)
+    check(inputs(rule, 0.5, 3, 8, 2, 2, V=5), lay=apart)
+    check(inputs(rule, 0.5, 3, 8, 1, 2, V=5), lay=steps_first)
 
 
 @anywhere
@@ -242,10 +280,10 @@ def test_bad_input_is_named(rule, monkeypatch):
             call("triton", {name: x.to(DEVICE, torch.float32) for name, x in a.items()})
     with pytest.raises(ValueError, match=r"q has dtype torch.float64: with impl='triton', accepted is torch.float32"):
         call("triton", {name: x.to(DEVICE) for name, x in a.items()})
-    with pytest.raises(ValueError, match="q has E=129: with impl='triton', accepted is 1 to 128"):
-        call("triton", {name: x.to(DEVICE, torch.float32) for name, x in inputs(rule, 0.5, 2, 129).items()})
-    with pytest.raises(ValueError, match=r"v has shape \(2, 2, 2, 4\): with impl='triton', accepted is q's"):
-        call("triton", {name: x.to(DEVICE, torch.float32) for name, x in random_inputs(rule, 0.5, 2, 8, V=4).items()})
+    with pytest.raises(ValueError, match="q has E=257: with impl='triton', accepted is 1 to 256"):
+        call("triton", {name: x.to(DEVICE, torch.float32) for name, x in inputs(rule, 0.5, 2, 257, V=8).items()})
+    with pytest.raises(ValueError, match="v has V=129: with impl='triton', accepted is 1 to 128"):
+        call("triton", {name: x.to(DEVICE, torch.float32) for name, x in inputs(rule, 0.5, 2, 8, V=129).items()})
 
 
 @needs_cuda
@@ -254,6 +292,22 @@ def test_bad_input_is_named(rule, monkeypatch):
 @pytest.mark.parametrize("rule", RULES)
 def test_on_the_card(rule, E, T):
     check(inputs(rule, 0.99, T, E, 2, 3))
+
+
+@needs_cuda
+@pytest.mark.parametrize("T", [1, 16, 17, 64, 65, 300])
+@pytest.mark.parametrize(
+    ("E", "V"), [(24, 8), (8, 24), (64, 16), (32, 128), (128, 64), (200, 72), (256, 8), (256, 64), (256, 128)]
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_keys_and_values_of_different_widths_on_the_card(rule, E, V, T):
+    check(inputs(rule, 0.99, T, E, 2, 3, V))
+
+
+@needs_cuda
+@pytest.mark.parametrize(("B", "H", "T"), [(1, 1, 8192), (4, 1, 1024), (1, 2, 2048)])
+def test_a_byte_memory_on_the_card(B, H, T):
+    check(of_bytes(T, 256, 64, B, H))
 
 
 @needs_cuda
@@ -273,9 +327,10 @@ def test_long_sequences_on_the_card(rule, alpha, E):
 
 
 @needs_cuda
+@pytest.mark.parametrize(("E", "V"), [(64, 64), (256, 64)])
 @pytest.mark.parametrize("rule", RULES)
-def test_erasing_steps_and_strides_on_the_card(rule):
-    a = inputs(rule, 0.9, 200, 64, 2, 2)
+def test_erasing_steps_and_strides_on_the_card(rule, E, V):
+    a = inputs(rule, 0.9, 200, E, 2, 2, V)
     for step, value in {20: "-inf", 21: "-inf", 50: -1e30, 63: "-inf", 64: -200, 100: "-inf"}.items():
         a["log_decay"][:, :, step] = float(value)
     check(a)
@@ -283,8 +338,9 @@ def test_erasing_steps_and_strides_on_the_card(rule):
 
 
 @needs_cuda
-def test_repeated_keys_on_the_card():
-    a = inputs("delta", 1.0, 200, 64, 2, 2)
+@pytest.mark.parametrize(("E", "V"), [(64, 64), (256, 64)])
+def test_repeated_keys_on_the_card(E, V):
+    a = inputs("delta", 1.0, 200, E, 2, 2, V)
     a["k"][:, :, 5:150] = a["k"][:, :, 5:6]
     a["log_decay"].zero_()
     a["beta"][:, :, :100] = 1
@@ -304,10 +360,11 @@ def test_autocast_does_not_reach_the_kernels(rule):
 
 
 @needs_cuda
+@pytest.mark.parametrize(("E", "V"), [(64, 64), (256, 64)])
 @pytest.mark.parametrize("rule", RULES)
-def test_in_a_cuda_graph(rule):
+def test_in_a_cuda_graph(rule, E, V):
     """Captured once, replayed on other inputs: what eager calls give, to the bit."""
-    leaves = {n: x.to("cuda", torch.float32).requires_grad_() for n, x in inputs(rule, 0.9, 200, 64, 2, 2).items()}
+    leaves = {n: x.to("cuda", torch.float32).requires_grad_() for n, x in inputs(rule, 0.9, 200, E, 2, 2, V).items()}
 
     def step():
         out, (M, z) = call("triton", leaves)
@@ -323,7 +380,7 @@ def test_in_a_cuda_graph(rule):
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
-        for name, x in inputs(rule, 0.5, 200, 64, 2, 2).items():
+        for name, x in inputs(rule, 0.5, 200, E, 2, 2, V).items():
             leaves[name].copy_(x * 0.9)
     graph.replay()
     for found, expected in zip(captured, step()):
@@ -333,10 +390,10 @@ def test_in_a_cuda_graph(rule):
 @needs_cuda
 def test_no_product_is_wgmma():
     """Which is what Triton miscompiles on Hopper: all are mma.sync, whatever the shape."""
-    for E in (8, 32, 64, 128):
+    for E, V in ((8, 8), (32, 32), (64, 64), (128, 128), (256, 64)):
         for T in (16, 32, 64):
             for rule in RULES:
-                run("triton", inputs(rule, 0.9, T, E))
+                run("triton", inputs(rule, 0.9, T, E, V=V))
     functions = {x for m in (kernels, delta_kernels) for x in vars(m).values() if hasattr(x, "device_caches")}
     compiled = [kernel for f in functions for caches in f.device_caches.values() for kernel in caches[0].values()]
     assert sum("mma.sync" in kernel.asm["ptx"] for kernel in compiled) > 100
