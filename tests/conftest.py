@@ -49,18 +49,22 @@ def make_random_model(seed: int = 5, **changes) -> AGIFormer:
     A grown one is made with `growth=(...)`: what grew is drawn too.
     """
     model = AGIFormer(AGIFormerConfig(**(TINY | changes)))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("down"):  # [petals, width, D]: all petals are summed
-                parameter.normal_(std=parameter[..., 0].numel() ** -0.5, generator=generator)
-            elif parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
-            elif name.endswith("start"):
-                parameter.normal_(generator=generator)
-            elif name.endswith("amount"):  # of a mixer, in [0, 1]
-                parameter.uniform_(0.2, 0.8, generator=generator)
+    draw_weights(model, torch.Generator().manual_seed(seed))
     return model.eval()
+
+
+@torch.no_grad()
+def draw_weights(model: AGIFormer, generator: torch.Generator) -> None:
+    """Draw every matrix of a model, its start and its mixers' amounts."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("down"):  # [petals, width, D]: all petals are summed
+            parameter.normal_(std=parameter[..., 0].numel() ** -0.5, generator=generator)
+        elif parameter.dim() > 1:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+        elif name.endswith("start"):
+            parameter.normal_(generator=generator)
+        elif name.endswith("amount"):  # of a mixer, in [0, 1]
+            parameter.uniform_(0.2, 0.8, generator=generator)
 
 
 @pytest.fixture(scope="session")

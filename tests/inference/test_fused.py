@@ -9,7 +9,8 @@ from model import AGIFormer, AGIFormerConfig, ByteStream
 from model.inference import fused
 from model.inference.fused import FusedStream, FusedWeights
 from model.kernels import decode
-from tests.conftest import make_random_model
+from tests.conftest import draw_weights, make_random_model
+from tests.inference.test_static import replayed
 from tests.inference.test_stream import TEXTS, TOLERANCE, random_bytes
 
 CUDA = torch.cuda.is_available()
@@ -199,37 +200,8 @@ def random_small(**changes) -> AGIFormer:
     """Of the preset small's shapes, every matrix drawn."""
     with torch.device("cuda"):
         model = AGIFormer(AGIFormerConfig.preset("small", **changes)).eval()
-    generator = torch.Generator("cuda").manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("down"):
-                parameter.normal_(std=parameter[..., 0].numel() ** -0.5, generator=generator)
-            elif parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+    draw_weights(model, torch.Generator("cuda").manual_seed(1))
     return model
-
-
-def replayed(model: AGIFormer, x: torch.Tensor) -> torch.Tensor:
-    """Logits of every byte of x [B, L] from the fourth patch on, one captured graph for each place of a patch."""
-    P, batch = model.config.patch_size, len(x)
-    found = FusedStream(ByteStream(model, batch).feed(x[:, : 3 * P]))
-    chosen, graphs, seen = torch.zeros(batch, dtype=torch.long, device="cuda"), {}, []
-    for t in range(3 * P, x.shape[1]):
-        seen.append(found.logits().clone())
-        chosen.copy_(x[:, t])
-        place = found.place
-        if t < 5 * P:  # eagerly at first, as capture wants it
-            found.read(chosen)
-            continue
-        if place not in graphs:
-            at = found.position, found.place
-            graphs[place] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[place]):
-                found.read(chosen)
-            found.position, found.place = at
-        graphs[place].replay()
-        found.count()
-    return torch.stack(seen, 1)
 
 
 SMALL = [
@@ -248,7 +220,7 @@ def test_its_steps_are_graphs(changes, batch):
     """Of the preset small, from before and after a window of 16 patches is full."""
     model = random_small(n_layers=2, window=16, **changes)
     x = random_bytes(batch, 160).cuda()
-    found = replayed(model, x)
+    found = replayed(FusedStream, model, x)
     torch.testing.assert_close(found, model(x)[:, -found.shape[1] :], rtol=1e-3, atol=1e-3)
 
 
@@ -259,7 +231,7 @@ def test_its_steps_are_graphs(changes, batch):
 def test_the_same_bits_every_time_and_when_kernels_start_early(batch, monkeypatch):
     model = random_small(recall_heads=1)
     x = random_bytes(batch, 400).cuda()
-    expected = replayed(model, x)
-    assert torch.equal(replayed(model, x), expected)
+    expected = replayed(FusedStream, model, x)
+    assert torch.equal(replayed(FusedStream, model, x), expected)
     monkeypatch.setattr(decode, "EARLY", True)
-    assert torch.equal(replayed(model, x), expected)
+    assert torch.equal(replayed(FusedStream, model, x), expected)
