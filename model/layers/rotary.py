@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-Phases = tuple[Tensor, Tensor]
+from model.kernels.qk_rotary import Phases, rotate
+
+__all__ = ["Phases", "Rotary", "rotate"]
 
 
 class Rotary(nn.Module):
@@ -29,10 +31,3 @@ class Rotary(nn.Module):
         positions = torch.arange(T, dtype=torch.float64, device=device) + offset
         angles = torch.outer(positions, self._frequencies)
         return angles.cos().float().unsqueeze(1), angles.sin().float().unsqueeze(1)
-
-
-def rotate(x: Tensor, phases: Phases) -> Tensor:
-    """Turn the channel pairs (e, e + E/2) of x [..., T, H, E] by their phases, in x's type."""
-    cos, sin = (phase.to(x.dtype) for phase in phases)
-    left, right = x.chunk(2, -1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
