@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from model.config import AGIFormerConfig
+from model.kernels import fusion
 from model.layers.attention import AttentionState, WindowAttention
 from model.layers.hull import HullLayer
 from model.layers.memory import HebbianMemory, MemoryState
-from model.layers.norm import NORM_EPS, READ_EPS, rms_norm, rms_norm_heads
+from model.layers.norm import NORM_EPS, READ_EPS, add_rms_norm
 from model.layers.rotary import Phases
 
 
@@ -59,16 +60,13 @@ class HybridBlock(nn.Module):
         self, x: Tensor, phases: Phases, plasticity: Tensor, state: BlockState | None = None
     ) -> tuple[Tensor, BlockState]:
         """x [B, T, D], phases of its positions, α, and the state before x → [B, T, D], the state after it."""
-        mixed = rms_norm(x)
-        attended, attention_state = self.attention(mixed, phases, None if state is None else state.attention)
-        recalled, memory_state = self.memory(mixed, plasticity, None if state is None else state.memory)
-        x = x + self.output(self.fuse(mixed, attended, recalled))
-        x = x + self.hull(rms_norm(x))
+        x, for_attention, for_memory, for_gate = add_rms_norm(x, readers=3)
+        attended, attention_state = self.attention(for_attention, phases, None if state is None else state.attention)
+        recalled, memory_state = self.memory(for_memory, plasticity, None if state is None else state.memory)
+        x, normed = add_rms_norm(x, self.output(self.fuse(for_gate, attended, recalled)))
+        x = x + self.hull(normed)
         return x, BlockState(attention_state, memory_state)
 
     def fuse(self, x: Tensor, attended: Tensor, recalled: Tensor) -> Tensor:
         """γ ⊙ norm(attended) + (1 − γ) ⊙ norm(recalled); all [B, T, D]."""
-        gate = self.gate(x).sigmoid()
-        attended = rms_norm_heads(attended.to(gate.dtype), self.n_heads)
-        recalled = rms_norm_heads(recalled.to(gate.dtype), self.n_heads, self.recall_eps)
-        return torch.lerp(recalled, attended, gate)
+        return fusion.fuse(self.gate(x), attended, recalled, self.n_heads, NORM_EPS, self.recall_eps)

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from model.layers.rotary import Phases, Rotary
 
+NOTHING = 256  # what stands before the first byte, embedded as zero
+
 
 class ByteLatentEncoder(nn.Module):
     """Byte embedding and a causal patch projection with left overlap (DESIGN: ByteLatentEncoder).
@@ -34,12 +36,16 @@ class ByteLatentEncoder(nn.Module):
             [B, T, D], and behind D the channels of added columns.
         """
         if previous is None:
-            embedded = F.pad(self.embedding(x.long()), (0, 0, self.overlap, 0))
+            x = F.pad(x.long(), (self.overlap, 0), value=NOTHING)
         else:
-            embedded = self.embedding(torch.cat([previous, x], 1).long())
-        # unfold is a view: [B, T, byte_dim, P + overlap] over the overlapping patches.
-        patches = embedded.unfold(1, self.patch_size + self.overlap, self.patch_size)
-        patches = patches.transpose(-1, -2).flatten(2)
+            x = torch.cat([previous, x], 1).long()
+        # The bytes are laid out as patches before they are embedded: an index is small, what it gathers is not. On a
+        # card the table is cast, not that, to what autocast makes of the projection's input; a CPU would add up its
+        # gradient in that type.
+        table = F.pad(self.embedding.weight, (0, 0, 0, 1))
+        if x.is_cuda and torch.is_autocast_enabled("cuda") and table.dtype == torch.float32:
+            table = table.to(torch.get_autocast_dtype("cuda"))
+        patches = F.embedding(x.unfold(1, self.patch_size + self.overlap, self.patch_size), table).flatten(2)
         latents = self.projection(patches)
         if self.columns:
             latents = torch.cat([latents, *(column(patches) for column in self.columns)], -1)

@@ -1,7 +1,8 @@
 """Root-mean-square normalisation (Zhang and Sennrich 2019) without gains: the matrix that follows can learn them."""
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from model.kernels import norms
 
 NORM_EPS = 1e-6
 # A read of fast weights may be nearly zero where nothing was found. Blown up to full size it would be rounding noise,
@@ -11,7 +12,12 @@ READ_EPS = 1e-3
 
 def rms_norm(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     """[..., D] → [..., D] of unit mean square over the last dimension; float32 inside, x's type outside."""
-    return F.rms_norm(x, (x.shape[-1],), eps=eps).to(x.dtype)
+    return norms.rms_norm(x, eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor | None = None, readers: int = 1) -> tuple[Tensor, ...]:
+    """x + δ (x where δ is None), and its `rms_norm` for each layer that reads it: see `model.kernels.norms`."""
+    return norms.add_rms_norm(x, delta, NORM_EPS, readers)
 
 
 def rms_norm_heads(x: Tensor, heads: int, eps: float = NORM_EPS) -> Tensor:

@@ -1,12 +1,14 @@
 """RecurrentReasoningBlock: the same small network applied to a latent several times (System 2)."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from model.kernels.norms import think
 from model.layers.feedforward import FeedForward
-from model.layers.norm import READ_EPS, rms_norm, rms_norm_heads
+from model.layers.norm import NORM_EPS, READ_EPS, rms_norm, rms_norm_heads
 
 Read = Callable[[Tensor], Tensor]  # queries [B, T, D] → what fast weights hold for them, [B, T, D]
 
@@ -47,14 +49,18 @@ class RecurrentReasoningBlock(nn.Module):
             self.recall.weight.zero_()
 
     def step(self, z: Tensor, read: Read | None = None) -> tuple[Tensor, Tensor]:
-        """One thinking step: z [B, T, D] → Δz [B, T, D] and p_halt [B, T, 1]."""
+        """One thinking step by itself: z [B, T, D] → Δz [B, T, D] and p_halt [B, T, 1]."""
         normed = rms_norm(z)
         p_halt = self.halt(normed).sigmoid()
+        return (1 - p_halt) * self.gate(normed).sigmoid() * self._thought(normed, normed, read), p_halt
+
+    def _thought(self, normed: Tensor, asking: Tensor, read: Read | None) -> Tensor:
+        """f(norm(z)), [B, T, D]; `asking` is norm(z) as well."""
         thought = self.mlp(normed)
         if self.recall is not None:
-            found = rms_norm_heads(read(self.query(normed)), self.heads, READ_EPS)
-            thought = thought + self.recall(found.to(normed.dtype))
-        return (1 - p_halt) * self.gate(normed).sigmoid() * thought, p_halt
+            found = rms_norm_heads(read(self.query(asking)), self.heads, READ_EPS)
+            thought = thought + self.recall(found.to(asking.dtype))
+        return thought
 
     def forward(
         self,
@@ -79,20 +85,23 @@ class RecurrentReasoningBlock(nn.Module):
         skipped = None
         if self.training and self.skip:
             skipped = torch.randint(0, self.skip + 1, (len(z), 1, 1), device=z.device)
+        # What ends a step and begins the next is one pass over z.
+        weights, readers = (self.halt.weight, self.halt.bias), 2 if self.recall is None else 3
+        z, *begun = think(z, None, weights if steps else None, NORM_EPS, readers)
         active = None
         for k in range(steps):
-            delta, p_halt = self.step(z, read)
+            halt, for_gate, *normed = begun
+            # All steps are computed, so that shapes stay as they are: where p_halt is 1 a step changes nothing.
             if skipped is not None:
-                # All steps are computed, so that shapes stay as they are.
-                taken = k < steps - skipped
-                delta, p_halt = delta * taken, torch.where(taken, p_halt, 1)
+                halt = torch.where(k < steps - skipped, halt, math.inf)
             if halts is not None:
-                halts.append(p_halt)
+                halts.append(halt.sigmoid())
             if halt_threshold is not None:
-                going_on = p_halt < halt_threshold
+                going_on = halt.sigmoid() < halt_threshold
                 active = going_on if active is None else active & going_on
                 if not active.any():
                     break
-                delta = delta * active
-            z = z + delta
+                halt = torch.where(active, halt, math.inf)
+            step = halt, self.gate(for_gate), self._thought(normed[0], normed[-1], read)
+            z, *begun = think(z, step, weights if k + 1 < steps else None, NORM_EPS, readers)
         return z

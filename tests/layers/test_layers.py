@@ -148,6 +148,28 @@ def test_encoder_is_a_causal_strided_convolution(overlap):
     torch.testing.assert_close(encoder(x[:, 8:], previous), expected[:, 2:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_encoder_gradients_reach_every_byte_that_a_patch_sees(half):
+    """Those of the convolution; under autocast the products are the same, of inputs rounded to bfloat16."""
+    torch.manual_seed(0)
+    encoder = ByteLatentEncoder(16, 8, 4, 2, 8, 10_000.0)
+    x, grad = torch.randint(0, 5, (2, 20)), torch.randn(2, 5, 16)
+    embedding, weight = (w.detach().clone().requires_grad_() for w in encoder.parameters())
+    rounded = [w.bfloat16().float() if half else w for w in (embedding, weight)]
+    kernel = rounded[1].view(16, 6, 8).transpose(1, 2)
+    embedded = F.pad(F.embedding(x, rounded[0]).transpose(1, 2), (2, 0))
+    expected = F.conv1d(embedded, kernel, stride=4).transpose(1, 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        found = encoder(x)
+    assert found.dtype == (torch.bfloat16 if half else torch.float32)
+    (found.float() * grad).sum().backward()
+    (expected * grad).sum().backward()
+    bound = 0.02 if half else 1e-5
+    for y, z in ((found, expected), (encoder.embedding.weight.grad, embedding.grad),
+                 (encoder.projection.weight.grad, weight.grad)):  # fmt: skip
+        assert (y.float() - z).abs().max() <= bound * z.abs().max()
+
+
 def test_an_encoder_with_columns_is_an_encoder_each():
     """Every column projects the same patches to its own channels, behind those that are there."""
     torch.manual_seed(0)
