@@ -55,14 +55,19 @@ def split_signs(weight: Tensor, dtype: torch.dtype | None = None, impl: str = "a
     return torch.cat([weight.clamp(min=0), (-weight).clamp(min=0)], -1)
 
 
+def square_(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """The kernel of `squared_relu` on contiguous memory, in place, or into `out`."""
+    out = x if out is None else out
+    if x.numel():
+        _square_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, out, x.numel(), BLOCK)
+    return out
+
+
 class _SquaredReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        y = torch.empty_like(x)
-        if x.numel():
-            _square_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, y, x.numel(), BLOCK)
         ctx.save_for_backward(x)
-        return y
+        return square_(x, torch.empty_like(x))
 
     @staticmethod
     @once_differentiable
@@ -78,25 +83,44 @@ class _SquaredReLU(torch.autograd.Function):
 class _SplitSigns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(*weight.shape[:-1], 2 * weight.shape[-1], dtype=dtype, device=weight.device)
-        if weight.numel():
-            grid = (triton.cdiv(weight.numel(), BLOCK),)
-            _split_kernel[grid](weight, out, weight.numel(), weight.shape[-1], BLOCK)
         ctx.save_for_backward(weight)
-        return out
+        return split_forward(weight, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        out = torch.empty_like(weight)
-        if weight.numel():
-            grid = (triton.cdiv(weight.numel(), BLOCK),)
-            _split_backward_kernel[grid](weight, grad.contiguous(), out, weight.numel(), weight.shape[-1], BLOCK)
-        return out, None
+        return split_backward(*ctx.saved_tensors, grad), None
+
+
+def split_forward(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The kernel of `split_signs`: contiguous [..., D] → [..., 2D]."""
+    out = torch.empty(*weight.shape[:-1], 2 * weight.shape[-1], dtype=dtype, device=weight.device)
+    if weight.numel():
+        grid = (triton.cdiv(weight.numel(), BLOCK),)
+        _split_kernel[grid](weight, out, weight.numel(), weight.shape[-1], BLOCK)
+    return out
+
+
+def split_backward(weight: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the contiguous weight from that of the split [..., 2D] of any float type."""
+    out = torch.empty_like(weight)
+    if weight.numel():
+        grid = (triton.cdiv(weight.numel(), BLOCK),)
+        _split_backward_kernel[grid](weight, grad.contiguous(), out, weight.numel(), weight.shape[-1], BLOCK)
+    return out
 
 
 if triton is not None:
+
+    @triton.jit
+    def halves(D: tl.constexpr, BLOCK: tl.constexpr):
+        """This program's elements of a contiguous [..., D] → (where they are, where in the first half of [..., 2D])."""
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        row = first // D
+        # One division of 64 bits a program; the others are of small numbers by a constant.
+        rows = row + ((first - row * D).to(tl.int32) + tl.arange(0, BLOCK)) // D
+        i = first + tl.arange(0, BLOCK)
+        return i, i + rows * D
 
     @triton.jit
     def _square_kernel(x_at, y_at, size, BLOCK: tl.constexpr):
@@ -117,21 +141,19 @@ if triton is not None:
         tl.store(out_at + i, tl.where(x <= 0.0, 0.0, half + half).to(out_at.dtype.element_ty), inside)
 
     @triton.jit
-    def _split_kernel(weight_at, out_at, size, D, BLOCK: tl.constexpr):
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    def _split_kernel(weight_at, out_at, size, D: tl.constexpr, BLOCK: tl.constexpr):
+        i, to = halves(D, BLOCK)
         inside = i < size
-        to = out_at + i // D * 2 * D + i % D
         weight = tl.load(weight_at + i, inside, other=0.0)
-        tl.store(to, tl.where(weight < 0, 0.0, weight).to(out_at.dtype.element_ty), inside)
-        tl.store(to + D, tl.where(weight > 0, 0.0, -weight).to(out_at.dtype.element_ty), inside)
+        tl.store(out_at + to, tl.where(weight < 0, 0.0, weight).to(out_at.dtype.element_ty), inside)
+        tl.store(out_at + to + D, tl.where(weight > 0, 0.0, -weight).to(out_at.dtype.element_ty), inside)
 
     @triton.jit
-    def _split_backward_kernel(weight_at, grad_at, out_at, size, D, BLOCK: tl.constexpr):
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    def _split_backward_kernel(weight_at, grad_at, out_at, size, D: tl.constexpr, BLOCK: tl.constexpr):
+        i, source = halves(D, BLOCK)
         inside = i < size
-        source = grad_at + i // D * 2 * D + i % D
         weight = tl.load(weight_at + i, inside, other=0.0)
-        rising = tl.load(source, inside, other=0.0).to(tl.float32)
-        falling = tl.load(source + D, inside, other=0.0).to(tl.float32)
+        rising = tl.load(grad_at + source, inside, other=0.0).to(tl.float32)
+        falling = tl.load(grad_at + source + D, inside, other=0.0).to(tl.float32)
         grad = tl.where(weight >= 0, rising, 0.0) - tl.where(weight <= 0, falling, 0.0)
         tl.store(out_at + i, grad.to(out_at.dtype.element_ty), inside)

@@ -5,7 +5,8 @@
 Notable: for a small τ the logarithm is that of nearly 1, and dividing by τ would blow up its rounding error. Everything
 is taken relative to the largest petal and through log1p and expm1, which is accurate for every τ and cannot overflow.
 Eager PyTorch makes seven float32 copies of `o`, P times as large as what the layer returns; the kernel reads it
-once forward, and once backward to write its gradient. It is elementwise, so there is nothing to tune.
+once forward, and once backward to write its gradient. Both are bound by memory as long as a petal's output costs less
+than some 20 instructions: exp − 1 is a polynomial near 0, and there is one logarithm for both hulls.
 """
 
 import torch
@@ -17,11 +18,13 @@ from model.kernels.transforms import apply, batched
 try:
     import triton
     import triton.language as tl
+
+    from model.kernels.elementwise import halves
 except ImportError:  # the PyTorch form does everywhere
     triton = None
 
-BLOCK = 1024
-UNROLLED = 4  # petals up to which the loops are unrolled: 8 take 7 s to compile, 64 many minutes, a loop 2 s
+TILE = 2048  # outputs of one hull, all petals together, that a program works on
+WARPS = 2  # with 4 petals a thread has 8 outputs, 16 bytes of every petal
 
 
 def signed_hull(o: Tensor, tau: Tensor, impl: str = "auto") -> Tensor:
@@ -79,99 +82,125 @@ class _SignedHullTorch(torch.autograd.Function):
 class _SignedHull(torch.autograd.Function):
     @staticmethod
     def forward(ctx, o: Tensor, tau: Tensor) -> Tensor:
-        P, N, width = o.shape
-        y = torch.empty(N, width // 2, dtype=o.dtype, device=o.device)
-        if y.numel():
-            _forward[(triton.cdiv(y.numel(), BLOCK),)](o, tau, y, y.numel(), width // 2, P, P <= UNROLLED, BLOCK)
         ctx.save_for_backward(o, tau)
-        return y
+        return hull_forward(o, tau)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        o, tau = ctx.saved_tensors
-        P, N, width = o.shape
-        size = N * width // 2
-        grad_o = torch.empty_like(o)
-        # One partial sum a program, added up in a fixed order: the same bits every time.
-        partial = torch.zeros(max(1, -(-size // BLOCK)), dtype=torch.float32, device=o.device)
-        if size:
-            grid, unroll = (partial.numel(),), P <= UNROLLED
-            _backward[grid](o, tau, grad.contiguous(), grad_o, partial, size, width // 2, P, unroll, BLOCK)
-        return grad_o, partial.sum().view(tau.shape).to(tau.dtype)
+        return hull_backward(*ctx.saved_tensors, grad)
+
+
+def hull_forward(o: Tensor, tau: Tensor) -> Tensor:
+    """The kernel of `signed_hull`: contiguous o [P, N, 2D], τ → [N, D]."""
+    P, N, width = o.shape
+    y = torch.empty(N, width // 2, dtype=o.dtype, device=o.device)
+    if y.numel():
+        petals, block, grid = _tiles(P, y.numel())
+        _forward[grid](o, tau, y, y.numel(), width // 2, P, petals, block, num_warps=WARPS)
+    return y
+
+
+def hull_backward(o: Tensor, tau: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of o and of τ from that of the result [N, D]."""
+    P, N, width = o.shape
+    size = N * width // 2
+    petals, block, grid = _tiles(P, size)
+    grad_o = torch.empty_like(o)
+    # One partial sum a program, added up in a fixed order: the same bits every time.
+    partial = torch.empty(grid, dtype=torch.float32, device=o.device)
+    if size:
+        grad, D = grad.contiguous(), width // 2
+        _backward[grid](o, tau, grad, grad_o, partial, size, D, P, petals, block, num_warps=WARPS)
+    return grad_o, partial.sum().view(tau.shape).to(tau.dtype)
+
+
+def _tiles(petals: int, size: int) -> tuple[int, int, tuple[int]]:
+    """(petals of a tile, its outputs, the grid); both are powers of two."""
+    rows = 1 << (petals - 1).bit_length()
+    block = max(16, min(256 * WARPS, TILE // rows))
+    return rows, block, (-(-size // block),)
 
 
 if triton is not None:
 
     @triton.jit
-    def _expm1_below(o, at, largest, tau, inside):
-        """exp(τ (o − largest)) − 1, after Kahan: the errors of w cancel."""
-        t = tau * (tl.load(o + at, inside, other=0.0).to(tl.float32) - largest)
-        w = tl.exp(t)
-        kahan = (w - 1.0) * t / tl.where(w == 1.0, 1.0, tl.log(tl.maximum(w, 0.1)))
-        return tl.where(w == 1.0, t, tl.where(t < -1.0, w - 1.0, kahan))
-
-    @triton.jit
-    def _log_mean_exp(o, base, petal_stride, tau, inside, P: tl.constexpr, UNROLL: tl.constexpr):
-        largest = tl.load(o + base, inside, other=0.0).to(tl.float32)
-        less = largest * 0.0  # mean of exp(...) − 1, in (−1, 0]
-        if UNROLL:
-            for p in tl.static_range(1, P):
-                largest = tl.maximum(largest, tl.load(o + base + p * petal_stride, inside, other=0.0).to(tl.float32))
-            for p in tl.static_range(0, P):
-                less += _expm1_below(o, base + p * petal_stride, largest, tau, inside) / P
+    def _petals(at, inside, there, scale, P: tl.constexpr, PETALS: tl.constexpr):
+        """A tile [PETALS, BLOCK], P of them there → the largest o, o − largest, its exp(τ ·), the mean of that − 1."""
+        o = tl.load(at, inside, other=0.0).to(tl.float32)
+        if P == PETALS:
+            largest = tl.max(o, 0)
+            below = o - largest[None, :]
         else:
-            for p in range(1, P):
-                largest = tl.maximum(largest, tl.load(o + base + p * petal_stride, inside, other=0.0).to(tl.float32))
-            for p in range(0, P):
-                less += _expm1_below(o, base + p * petal_stride, largest, tau, inside) / P
-        w = 1.0 + less
-        log = tl.where(w == 1.0, less, tl.log(w) * less / tl.where(w == 1.0, 1.0, w - 1.0))
-        # The mean relative to the largest: the gradient of τ is a difference of two of them.
-        return log / tau, largest, w * P
+            largest = tl.max(tl.where(there, o, float("-inf")), 0)
+            below = tl.where(there, o - largest[None, :], 0.0)
+        t = below * scale  # scale = τ / ln 2: the exponential is 2ᵗ
+        w = tl.exp2(t)
+        # Near 0 the difference of 2ᵗ and 1 would cancel: (2ᵗ − 1)/t on [−1, 0], interpolated, to 3e-8.
+        far = t < -1.0
+        near = tl.where(far, -1.0, t)  # not a maximum: a NaN stays one
+        less = 1.29163684e-3 + near * 1.14919952e-4
+        less = 9.59703512e-3 + near * less
+        less = 5.54992296e-2 + near * less
+        less = 2.4022609e-1 + near * less
+        less = near * (6.93147182e-1 + near * less)
+        w = tl.where(far, w, 1.0 + less)
+        return largest, below, w, tl.sum(tl.where(far, w - 1.0, less), 0) / P
 
     @triton.jit
-    def _forward(o, tau_at, y, size, D, P: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr):
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = i < size
-        base = i // D * 2 * D + i % D
-        tau = tl.load(tau_at)
+    def _log_ratio(rising, falling):
+        """log((1 + rising) / (1 + falling)), of means in (−1, 0]: after Kahan, the errors of w cancel."""
+        x = (rising - falling) / (1.0 + falling)
+        w = 1.0 + x
+        return tl.where(w == 1.0, x, tl.log(w) * (x / tl.where(w == 1.0, 1.0, w - 1.0)))
+
+    @triton.jit
+    def _places(size, D: tl.constexpr, P: tl.constexpr, PETALS: tl.constexpr, BLOCK: tl.constexpr):
+        """This program's outputs, which there are; its tile in `o`, what of it is inside, which petals there are."""
+        i, base = halves(D, BLOCK)
+        p = tl.arange(0, PETALS)[:, None]
+        there = p < P
         # The result has half the elements of one petal's outputs.
-        stride = 2 * size.to(tl.int64)
-        rising, top_rising, _ = _log_mean_exp(o, base, stride, tau, inside, P, UNROLL)
-        falling, top_falling, _ = _log_mean_exp(o, base + D, stride, tau, inside, P, UNROLL)
-        tl.store(y + i, (P * ((top_rising + rising) - (top_falling + falling))).to(y.dtype.element_ty), inside)
+        at = p * (2 * size.to(tl.int64)) + base[None, :]
+        return i, i < size, at, (i < size)[None, :] & there, there
 
     @triton.jit
-    def _petal(o, at, tau, grad, grad_o, largest, total, inside):
-        """Write the gradient of one petal's output → its part of the mean below the largest."""
-        below = tl.load(o + at, inside, other=0.0).to(tl.float32) - largest
-        share = tl.exp(tau * below) / total
-        tl.store(grad_o + at, (grad * share).to(grad_o.dtype.element_ty), inside)
-        return share * below
+    def _forward(o, tau_at, y, size, D: tl.constexpr, P: tl.constexpr, PETALS: tl.constexpr, BLOCK: tl.constexpr):
+        i, wanted, at, inside, there = _places(size, D, P, PETALS, BLOCK)
+        tau = tl.load(tau_at).to(tl.float32)
+        scale = tau * 1.4426950408889634
+        top, _, _, rising = _petals(o + at, inside, there, scale, P, PETALS)
+        bottom, _, _, falling = _petals(o + at + D, inside, there, scale, P, PETALS)
+        result = P * ((top - bottom) + _log_ratio(rising, falling) * (1.0 / tau))
+        tl.store(y + i, result.to(y.dtype.element_ty), wanted)
 
     @triton.jit
-    def _side(o, base, petal_stride, tau, grad, grad_o, inside, P: tl.constexpr, UNROLL: tl.constexpr):
-        mean, largest, total = _log_mean_exp(o, base, petal_stride, tau, inside, P, UNROLL)
-        average = mean * 0.0
-        if UNROLL:
-            for p in tl.static_range(0, P):
-                average += _petal(o, base + p * petal_stride, tau, grad, grad_o, largest, total, inside)
-        else:
-            for p in range(0, P):
-                average += _petal(o, base + p * petal_stride, tau, grad, grad_o, largest, total, inside)
-        return grad * (average - mean) / tau  # its part of the gradient of τ
+    def _side(o, grad_o, at, inside, there, scale, grad, P: tl.constexpr, PETALS: tl.constexpr):
+        """Write the gradients of one hull's petals → (mean of exp − 1, their average below the largest)."""
+        _, below, w, mean = _petals(o + at, inside, there, scale, P, PETALS)
+        part = 1.0 / (P * (1.0 + mean))
+        tl.store(grad_o + at, (w * (grad * part)[None, :]).to(grad_o.dtype.element_ty), inside)
+        return mean, tl.sum(w * below, 0) * part
 
     @triton.jit
     def _backward(
-        o, tau_at, grad_at, grad_o, partial, size, D, P: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr
+        o,
+        tau_at,
+        grad_at,
+        grad_o,
+        partial,
+        size,
+        D: tl.constexpr,
+        P: tl.constexpr,
+        PETALS: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = i < size
-        base = i // D * 2 * D + i % D
-        tau = tl.load(tau_at)
-        grad = P * tl.load(grad_at + i, inside, other=0.0).to(tl.float32)
-        stride = 2 * size.to(tl.int64)
-        of_tau = _side(o, base, stride, tau, grad, grad_o, inside, P, UNROLL)
-        of_tau += _side(o, base + D, stride, tau, -grad, grad_o, inside, P, UNROLL)
+        i, wanted, at, inside, there = _places(size, D, P, PETALS, BLOCK)
+        tau = tl.load(tau_at).to(tl.float32)
+        scale = tau * 1.4426950408889634
+        grad = P * tl.load(grad_at + i, wanted, other=0.0).to(tl.float32)
+        rising, above = _side(o, grad_o, at, inside, there, scale, grad, P, PETALS)
+        falling, under = _side(o, grad_o, at + D, inside, there, scale, -grad, P, PETALS)
+        # Of τ: the averages less the means, both relative to the largest, as it is their difference that is small.
+        of_tau = grad * ((above - under) - _log_ratio(rising, falling) * (1.0 / tau)) * (1.0 / tau)
         tl.store(partial + tl.program_id(0), tl.sum(of_tau, 0))

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.kernels.elementwise import split_signs, squared_relu
-from model.kernels.hull import log_mean_exp, signed_hull
+from model.kernels.hull import log_mean_exp
+from model.kernels.petals import petal_outputs, petals
 
 # What a petal is: it learns; its steps are divided (optimizer's job); its gradients are not even computed.
 FLUID, CRYOGENIC, CHRYSALIS = 0, 1, 2
@@ -167,27 +167,13 @@ class ConvexPetals(PetalGroup):
         self.log_tau.fill_(math.log(FIRST_TAU))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = signed_hull(self._petal_outputs(x.reshape(-1, x.shape[-1])), self.log_tau.exp())
+        flat, tau = x.reshape(-1, x.shape[-1]), self.log_tau.exp()
+        y = petals(flat, self.up, self.bias, self.down, tau, self._runs)
         return y.to(x.dtype).view(x.shape)
-
-    def _petal_outputs(self, x: Tensor) -> Tensor:
-        """x [N, D] → [n, N, 2D]: each petal's outputs of the rising hull, then of the falling one."""
-        if not self._runs:
-            return self._outputs(x, self.up, self.bias, self.down)
-        parts = []
-        for start, stop, asleep in self._runs:
-            weights = [weight[start:stop] for weight in (self.up, self.bias, self.down)]
-            parts.append(self._outputs(x, *((weight.detach() for weight in weights) if asleep else weights)))
-        return torch.cat(parts)
-
-    def _outputs(self, x: Tensor, up: Tensor, bias: Tensor, down: Tensor) -> Tensor:
-        hidden = squared_relu(F.linear(x, up.flatten(0, 1), bias.flatten()))
-        hidden = hidden.unflatten(-1, (-1, self.width)).transpose(0, 1)  # [n, N, width]
-        return torch.bmm(hidden, split_signs(down, hidden.dtype))
 
     def hulls(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The two convex functions, rising and falling: [..., D] → [..., D] each. For audits."""
-        outputs = self._petal_outputs(x.reshape(-1, x.shape[-1]))
+        outputs = petal_outputs(x.reshape(-1, x.shape[-1]), self.up, self.bias, self.down, self._runs)
         rising, falling = log_mean_exp(outputs, self.log_tau.exp()).chunk(2, -1)
         return rising.view(x.shape), falling.view(x.shape)
 

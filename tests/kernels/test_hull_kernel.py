@@ -133,7 +133,6 @@ card = pytest.mark.skipif(not CUDA or hull.triton is None, reason="needs a CUDA 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("P", "N", "D"), KERNEL_SHAPES)
 def test_kernel_in_the_interpreter_is_the_formula(P, N, D, dtype):
-    assert N * D % hull.BLOCK or (N, D) == (16, 64)
     check("triton", P, N, D, 0.1, dtype=dtype)
 
 

@@ -1,0 +1,180 @@
+"""A group of convex petals as one operation: two products a petal, squared ReLU, and the difference of two hulls.
+
+    h_p = relu(A_p x + b_p)²,   o_p = h_p · [ max(B_p, 0)  max(−B_p, 0) ],   y = signed_hull(o, τ)
+
+Notable: the products are PyTorch's, and half of the time; what is between them is passes over memory, of which this
+takes no more than it must. Weights are converted once. Squared ReLU replaces its input: the root of a rounded square,
+rounded, is the number that was squared (Boldo 2015), so that nothing is lost. Gradients of h are written by the product
+where the next one reads them, and one pass turns them into those of A x + b, replaces them, and adds up those of b.
+Gradients of float32 weights come out of the products in float32, not rounded to the products' type before.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.kernels.elementwise import split_backward, split_forward, split_signs, square_, squared_relu
+from model.kernels.hull import hull_backward, hull_forward, signed_hull
+from model.kernels.transforms import apply, batched
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the PyTorch form does everywhere
+    triton = None
+
+ROWS, STEP, COLUMNS = 64, 4, 512  # of the pass over h: a program's positions, those of one tile, its hidden units
+Runs = list[tuple[int, int, bool]]
+
+
+def petals(
+    x: Tensor, up: Tensor, bias: Tensor, down: Tensor, tau: Tensor, runs: Runs | None = None, impl: str = "auto"
+) -> Tensor:
+    """x [N, D] → [N, D'], of x's type, or autocast's.
+
+    Args:
+        up: A, [P, W, D].
+        bias: b, [P, W].
+        down: B, [P, W, D'].
+        tau: τ > 0, of one element.
+        runs: [start, stop, asleep) of neighbouring petals; those asleep take no gradient. Empty or None: all are awake.
+        impl: "torch" (any device; one operation after the other, each in the form that it picks itself), "triton"
+            (CUDA, or Triton's interpreter), "auto" picks.
+    """
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"impl={impl!r}: accepted are auto, torch, triton")
+    if impl == "triton" and triton is None:
+        raise ValueError("impl='triton': needs the package triton; accepted here are auto and torch")
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    if impl == "auto":
+        tensors = (x, up, bias, down, tau)
+        # float64 is for references: the kernels work in float32. Without autocast types that differ are an error.
+        fits = x.is_cuda and x.numel() and down.numel() and not batched(*tensors)
+        fits = fits and all(t.dtype != torch.float64 and (autocast or t.dtype == dtype) for t in (x, up, bias))
+        impl = "triton" if fits and triton is not None else "torch"
+    if impl == "torch":
+        return signed_hull(petal_outputs(x, up, bias, down, runs), tau)
+    awake = [(start, stop) for start, stop, asleep in runs or [(0, len(up), False)] if not asleep]
+    return apply(_Petals, x, up, bias, down, tau, awake, dtype)
+
+
+def petal_outputs(x: Tensor, up: Tensor, bias: Tensor, down: Tensor, runs: Runs | None = None) -> Tensor:
+    """x [N, D] → o [P, N, 2D']: each petal's outputs of the rising hull, then of the falling one. By PyTorch."""
+    if not runs:
+        return _outputs(x, up, bias, down)
+    parts = []
+    for start, stop, asleep in runs:
+        weights = [weight[start:stop] for weight in (up, bias, down)]
+        parts.append(_outputs(x, *((weight.detach() for weight in weights) if asleep else weights)))
+    return torch.cat(parts)
+
+
+def _outputs(x: Tensor, up: Tensor, bias: Tensor, down: Tensor) -> Tensor:
+    hidden = squared_relu(F.linear(x, up.flatten(0, 1), bias.flatten()))
+    hidden = hidden.unflatten(-1, up.shape[:2]).transpose(0, 1)  # [P, N, W]
+    return torch.bmm(hidden, split_signs(down, hidden.dtype))
+
+
+class _Petals(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, up, bias, down, tau, awake, dtype) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            low = x.to(dtype)
+            first = up.to(dtype).flatten(0, 1)  # [PW, D]
+            second = split_forward(down.contiguous(), dtype)  # [P, W, 2D']
+            hidden = square_(torch.addmm(bias.to(dtype).flatten(), low, first.t()))  # [N, PW]
+            o = torch.bmm(_by_petal(hidden, up), second)
+            y = hull_forward(o, tau)
+        ctx.save_for_backward(low, first, second, hidden, o, down, tau)
+        ctx.awake, ctx.types = awake, (x.dtype, up.dtype, bias.dtype)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        low, first, second, hidden, o, down, tau = ctx.saved_tensors
+        x_type, up_type, bias_type = ctx.types
+        of_x = of_up = of_bias = of_down = None
+        awake = ctx.awake
+        wants_x, wants_up, wants_bias, wants_down, _ = (
+            wanted and (i in (0, 4) or bool(awake)) for i, wanted in enumerate(ctx.needs_input_grad[:5])
+        )
+        P, W = down.shape[:2]
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_o, of_tau = hull_backward(o, tau, grad)
+            if wants_down:
+                parts = _by_petal(hidden, down).transpose(1, 2)  # [P, W, N]
+                of_down = _awake(down, awake, lambda a, b: split_backward(
+                    down[a:b].contiguous(), _product(parts[a:b], grad_o[a:b], down.dtype)))  # fmt: skip
+            if wants_x or wants_up or wants_bias:
+                of_hidden = torch.empty_like(hidden)
+                torch.bmm(grad_o, second.transpose(1, 2), out=_by_petal(of_hidden, down))
+                del grad_o
+                sums = _square_backward_(hidden, of_hidden).view(P, W)
+                if wants_bias:
+                    of_bias = _awake(sums, awake, lambda a, b: sums[a:b]).to(bias_type)
+                if wants_up:
+                    of_up = _awake(first.view(P, W, -1), awake, lambda a, b: _product(
+                        of_hidden[:, a * W : b * W].t(), low, up_type).view(b - a, W, -1), up_type)  # fmt: skip
+                if wants_x:
+                    of_x = torch.mm(of_hidden, first).to(x_type)
+        return of_x, of_up, of_bias, of_down, of_tau, None, None
+
+
+def _by_petal(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[N, PW] → [P, N, W], the same memory."""
+    return hidden.view(hidden.shape[0], *weight.shape[:2]).transpose(0, 1)
+
+
+def _awake(like: Tensor, awake: list[tuple[int, int]], part, dtype: torch.dtype | None = None) -> Tensor:
+    """part(start, stop) of every run of petals that are awake, and zeros for the others."""
+    if awake == [(0, len(like))]:
+        return part(0, len(like))
+    out = torch.zeros(like.shape, dtype=dtype or like.dtype, device=like.device)
+    for a, b in awake:
+        out[a:b] = part(a, b)
+    return out
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b of two or three dimensions in `dtype`, as it was added up where the device can write that."""
+    multiply = torch.mm if a.dim() == 2 else torch.bmm
+    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16):
+        return multiply(a, b, out_dtype=dtype)
+    return multiply(a, b).to(dtype)
+
+
+def _square_backward_(hidden: Tensor, grad: Tensor) -> Tensor:
+    """Turn `grad`, of hidden = relu(z)² [N, C], into the gradient of z, in place → its column sums [C], float32."""
+    N, columns = hidden.shape
+    partial = torch.empty(-(-N // ROWS), columns, dtype=torch.float32, device=hidden.device)
+    if grad.numel():
+        grid = (partial.shape[0], triton.cdiv(columns, COLUMNS))
+        _square_backward_kernel[grid](hidden, grad, partial, N, columns, ROWS, STEP, COLUMNS)
+    return partial.sum(0)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _square_backward_kernel(
+        hidden_at, grad_at, partial, N, columns, ROWS: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr
+    ):
+        first = tl.program_id(0).to(tl.int64) * ROWS
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        total = tl.zeros([STEP, COLUMNS], tl.float32)
+        for k in range(0, ROWS, STEP):
+            row = first + k + tl.arange(0, STEP)
+            inside = (row < N)[:, None] & (column < columns)[None, :]
+            at = row[:, None] * columns + column[None, :]
+            hidden = tl.load(hidden_at + at, inside, other=0.0).to(tl.float32)
+            grad = tl.load(grad_at + at, inside, other=0.0).to(tl.float32)
+            root = tl.sqrt(hidden).to(hidden_at.dtype.element_ty).to(tl.float32)
+            # Not 0 · grad: where a unit is off, even an infinite gradient stops.
+            grad = tl.where(hidden == 0.0, 0.0, 2.0 * root * grad)
+            tl.store(grad_at + at, grad.to(grad_at.dtype.element_ty), inside)
+            total += grad
+        tl.store(partial + tl.program_id(0) * columns + column, tl.sum(total, 0), column < columns)
