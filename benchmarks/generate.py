@@ -5,9 +5,10 @@
     python benchmarks/generate.py --batch-size 1 --contexts 1024,65536,1048576 --what stream
     python benchmarks/generate.py --quick                               # seconds on a CPU; its numbers say nothing
 
-`stream` is a ByteStream that is fed what is drawn from it, with nothing else in the way; `generate` is
-model.inference.generate as a user calls it: valid UTF-8, the default policy's gate, bytes given out as they come. Read
-is random text, and a new model is as fast as a trained one. docs/performance.md explains the columns.
+`stream` is a ByteStream that is fed what is drawn from it, with nothing else in the way; `graphs` are the fused steps,
+drawing included, as CUDA graphs, on a card; `generate` is model.inference.generate as a user calls it: valid UTF-8, the
+default policy's gate, bytes given out as they come. Read is random text, and a new model is as fast as a trained one.
+docs/performance.md explains the columns.
 """
 
 import argparse
@@ -25,12 +26,17 @@ from benchmarks import machine
 from benchmarks.machine import Report, Row
 from model.agiformer import AGIFormer
 from model.cli import Parser, guarded, positive
+from model.genesis.gate.automaton import compile_policy
+from model.genesis.gate.byte_gate import ByteGate
+from model.genesis.gate.policy import Policy
+from model.inference import draw
 from model.inference.generate import generate
 from model.inference.sampling import sample
 from model.inference.stream import ByteStream
+from model.inference.write import Draws, Writers, refused
 from model.training.checkpoint import find_checkpoint, load_checkpoint
 
-WHAT = ("stream", "generate")
+WHAT = ("stream", "graphs", "generate")
 TEMPERATURE = 0.8
 PIECE = 2**16  # bytes of a row that are fed at once while reading
 SEED = 0
@@ -90,6 +96,36 @@ def steps(stream: ByteStream, repeats: int) -> Row:
     return {f"{kind}_step_ms": [1000 * t for t in machine.quartiles(times)] for kind, times in took.items() if times}
 
 
+def measure_graphs(model: AGIFormer, batch: int, context: int, arguments: argparse.Namespace) -> Row:
+    """Writing in graphs: any bytes, no gate, and nothing given out."""
+    device = model.start.device
+    x = torch.frombuffer(bytearray(words(context)), dtype=torch.uint8).expand(batch, -1)
+    stream = ByteStream(model, batch)
+    for piece in x.split(PIECE, 1):
+        stream.feed(piece)
+    machine.start_peak(device)
+    rows = [draw.Row(i, b"", sys.maxsize, (), False) for i in range(batch)]
+    part = draw.RowStream(stream, rows, torch.arange(batch, device=device))
+    if (reason := refused([part])) is not None:
+        raise ValueError(f"--what graphs: {reason}")
+    draws = Draws(TEMPERATURE, None, None, torch.Generator(device).manual_seed(SEED))
+    writers = Writers([part], [ByteGate(compile_policy(Policy()), batch, device)], draws, batch, None)
+    begun = 0
+
+    def write() -> None:
+        nonlocal begun
+        end = begun + arguments.bytes
+        while begun < end:
+            last = min(begun + writers.ahead, end)
+            run = writers.begin(begun, last)
+            begun = last
+        run.wait()
+
+    times = machine.seconds(write, arguments.repeats, warm_up=1)
+    row = {"seconds": times, "bytes_per_second": machine.speeds(batch * arguments.bytes, times)}
+    return row | {"peak_bytes": machine.peak_bytes(device)}
+
+
 def measure_generate(model: AGIFormer, batch: int, context: int, arguments: argparse.Namespace) -> Row:
     """Writing by `generate`: bytes are counted as they are given out."""
     machine.start_peak(model.start.device)
@@ -117,7 +153,7 @@ def measure_generate(model: AGIFormer, batch: int, context: int, arguments: argp
     return row | {"peak_bytes": machine.peak_bytes(model.start.device)}
 
 
-MEASURES = {"stream": measure_stream, "generate": measure_generate}
+MEASURES = {"stream": measure_stream, "graphs": measure_graphs, "generate": measure_generate}
 
 
 # ── command line ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,7 +183,7 @@ COLUMNS: machine.Columns = {
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="generate.py", description=__doc__)
     add = parser.add_argument
-    add("--what", default=",".join(WHAT), metavar="A,B", help=f"of {', '.join(WHAT)} (default: both)")
+    add("--what", metavar="A,B", help=f"of {', '.join(WHAT)} (default: all; graphs on CUDA only)")
     add("--checkpoint", help="default: a new model of --preset")
     add("--preset", help="nano, small, base or large (default: small on CUDA, else nano)")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of a new model")
@@ -174,9 +210,11 @@ def make_model(arguments: argparse.Namespace, device: torch.device) -> AGIFormer
 
 
 def run(arguments: argparse.Namespace) -> int:
-    names = machine.chosen("--what", arguments.what, list(WHAT))
     device = machine.set_up(arguments)
-    machine.fill_in(arguments, {"batch_size": (1, 16, 256) if device.type == "cuda" else (1,)})
+    card = device.type == "cuda"
+    what = ",".join(name for name in WHAT if card or name != "graphs")
+    machine.fill_in(arguments, {"batch_size": (1, 16, 256) if card else (1,), "what": what})
+    names = machine.chosen("--what", arguments.what, list(WHAT))
     model = make_model(arguments, device)
     report = Report(arguments, device, COLUMNS)
     report.more["config"] = model.config.to_dict()

@@ -35,19 +35,18 @@ from model.genesis.gate.guarded import GuardedStream
 from model.genesis.gate.policy import Policy, load_policy
 from model.inference.draw import (
     AheadStream,
-    Draw,
     Piece,
     Row,
     RowStream,
     check_classifier,
     check_request,
-    draw_bytes,
     draw_guarded,
     give_out,
 )
-from model.inference.sampling import check_sampling, sample
+from model.inference.sampling import check_sampling
 from model.inference.stream import ByteStream
 from model.inference.text import Utf8Constraint, Utf8Emitter
+from model.inference.write import Draws, write
 from model.sgm.commands import forget
 from model.sgm.memory import BudgetExceeded
 from model.sgm.memory_entry import KINDS, MAX_TEXT, Entry
@@ -181,20 +180,18 @@ class Conversation:
         part = RowStream(stream, [row], torch.zeros(1, dtype=torch.long, device=self._device))
         constraints, seed = self._constraints(frame), self._seeds.getrandbits(63)
         if self._classifier is None:
-            steps = draw_bytes([part], constraints, self._drawer(seed)[0], self._device, 1)
-        else:
-            ahead = AheadStream(part, self._constraints(frame), self._drawer, seed, 1)
-            steps = draw_guarded([ahead], constraints, self._device, 1, self._block, self._log)
+            return write([part], constraints, self._drawer(seed)[0], [row], self._log)
+        ahead = AheadStream(part, self._constraints(frame), self._drawer, seed, 1)
+        steps = draw_guarded([ahead], constraints, self._device, 1, self._block, self._log)
         return give_out([row], steps, constraints[-1], self._log)
 
     def _constraints(self, frame: bytes) -> list:
         gate = ByteGate(self._automaton, 1, self._device).read([frame])
         return [gate] if self._any_bytes else [Utf8Constraint([frame], self._device), gate]
 
-    def _drawer(self, seed: int) -> tuple[Draw, torch.Generator]:
+    def _drawer(self, seed: int) -> tuple[Draws, torch.Generator]:
         generator = torch.Generator(self._device).manual_seed(seed)
-        settings = {"temperature": self.temperature, "top_k": self._top_k, "top_p": self._top_p}
-        return partial(sample, **settings, generator=generator), generator
+        return Draws(self.temperature, self._top_k, self._top_p, generator), generator
 
 
 def _after(stream: ByteStream, data: bytes) -> ByteStream:

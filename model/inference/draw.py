@@ -1,7 +1,8 @@
 """Drawing: bytes of several rows at once, each given out as soon as it is certain.
 
 What `generate` and the chat are made of: rows (`Row`) whose prompts have been read by streams (`RowStream`), steps that
-draw a byte of every row (`draw_bytes`, or `draw_guarded` with a classifier), and pieces (`give_out`).
+draw a byte of every row (`draw_bytes`, or `draw_guarded` with a classifier), and pieces (`give_out`). On a card
+`model.inference.write` goes on from them without waiting for each byte.
 
 Notable: sampling, the UTF-8 automaton and the gate act on all rows at once. With a classifier each stream is drawn a
 patch ahead, and what was accepted goes through the same loop byte by byte.
@@ -11,6 +12,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 import torch
@@ -75,6 +77,25 @@ class Row:
             return self.end("length")
         return self._give(len(self.held) - self._possible_stop())
 
+    def push_all(self, data: bytes, may_end: bytes) -> Piece | None:
+        """As `push` of one byte after the other, until the row is finished; their pieces in one."""
+        data = data[: self.max_bytes - self.generated]
+        known = bytes(self.held) + data
+        if any(stop in known for stop in self.stops):
+            given = b""
+            for byte, may in zip(data, may_end):
+                if piece := self.push(byte, bool(may)):
+                    given += piece.data
+                if self.finished:
+                    break
+            return Piece(self.index, given, self.finished)
+        self.held += data
+        self.may_end += may_end[: len(data)]
+        self.generated += len(data)
+        if self.generated == self.max_bytes:
+            return self.end("length")
+        return self._give(len(self.held) - self._possible_stop())
+
     def end(self, reason: Reason) -> Piece:
         """Finish before the next byte; the last piece."""
         self.finished = reason
@@ -102,7 +123,12 @@ class Row:
 
 
 def draw_bytes(
-    streams: list[RowStream], constraints: list, draw: Draw, device: torch.device, total: int
+    streams: list[RowStream],
+    constraints: list,
+    draw: Draw,
+    device: torch.device,
+    total: int,
+    most: int | None = None,
 ) -> Iterator[tuple[Tensor, list[Piece]]]:
     """Draw a byte of every row again and again; no row ends by itself.
 
@@ -111,11 +137,12 @@ def draw_bytes(
         constraints: over all rows, in the order in which they mask logits; they are told what is drawn.
         draw: how.
         total: rows of all streams.
+        most: bytes of a row; without end when None. The last of them are fed to the streams, too.
 
     Yields:
         The bytes [total], and last pieces of rows that ended before them: none here.
     """
-    while True:
+    for _ in count() if most is None else range(most):
         # Rows of a finished stream keep their place in the batch, so that the others' random numbers stay theirs.
         logits = torch.zeros(total, 256, device=device)
         for part in streams:
@@ -216,7 +243,8 @@ def draw_guarded(
 def give_out(
     rows: list[Row], steps: Iterator[tuple[Tensor, list[Piece]]], gate: ByteGate, log: GateLog | None
 ) -> Iterator[Piece]:
-    """The pieces that the steps make certain, until every row is finished; `log` is told what the gate took away."""
+    """The pieces that the steps make certain, until they end or every row is finished; `log` is told what the gate took
+    away."""
     for chosen, ended in steps:
         yield from ended
         # The device is waited for once.

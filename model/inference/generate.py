@@ -4,7 +4,8 @@
         print(piece.row, piece.data, piece.finished)
 
 Notable: prompts are read in parallel and never padded, so rows whose prompts differ in length run as several streams.
-There is always a gate; a policy says what it does.
+There is always a gate; a policy says what it does. On a card all but the first bytes are written in CUDA graphs
+(`model.inference.write`), with the weights that the model has then, and come in pieces of several bytes.
 """
 
 import secrets
@@ -22,19 +23,18 @@ from model.genesis.gate.guarded import GuardedStream
 from model.genesis.gate.policy import Policy, load_policy
 from model.inference.draw import (
     AheadStream,
-    Draw,
     Piece,
     Row,
     RowStream,
     check_classifier,
     check_request,
-    draw_bytes,
     draw_guarded,
     give_out,
 )
-from model.inference.sampling import check_sampling, sample
+from model.inference.sampling import check_sampling
 from model.inference.stream import ByteStream
 from model.inference.text import Utf8Constraint
+from model.inference.write import Draws, write
 
 
 def generate(
@@ -107,21 +107,20 @@ def generate(
         gate = ByteGate(automaton, len(texts), device).read(texts)
         return [gate] if any_bytes else [Utf8Constraint(texts, device), gate]
 
-    def drawer(seed: int) -> tuple[Draw, torch.Generator]:
+    def drawer(seed: int) -> tuple[Draws, torch.Generator]:
         generator = torch.Generator(device).manual_seed(seed)
-        return partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator), generator
+        return Draws(temperature, top_k, top_p, generator), generator
 
     if seed is None:
         seed = secrets.randbits(63)
     over_all = constraints(prompts)
     if classifier is None:
-        steps = draw_bytes(streams, over_all, drawer(seed)[0], device, len(rows))
-    else:
-        ahead = []
-        for part in streams:
-            part_constraints = constraints([prompts[row.index] for row in part.rows])
-            ahead.append(AheadStream(part, part_constraints, drawer, seed, len(rows)))
-        steps = draw_guarded(ahead, over_all, device, len(rows), classifier_mode == "block", log)
+        return write(streams, over_all, drawer(seed)[0], rows, log)
+    ahead = []
+    for part in streams:
+        part_constraints = constraints([prompts[row.index] for row in part.rows])
+        ahead.append(AheadStream(part, part_constraints, drawer, seed, len(rows)))
+    steps = draw_guarded(ahead, over_all, device, len(rows), classifier_mode == "block", log)
     return give_out(rows, steps, over_all[-1], log)
 
 

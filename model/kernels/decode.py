@@ -19,6 +19,8 @@ Notable:
 - Every tensor is written in place: no call makes one, none waits for the device, all can be captured in a CUDA graph.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,9 @@ ROWS, BATCH = 8, 8  # at most so many rows of a matrix, and of a batch, in one p
 PROGRAMS = 256  # at least, where there are so many rows: some two on every multiprocessor of an H100
 # Whether a kernel starts, and loads weights, while the one before it still runs (programmatic dependent launch: Hopper
 # and later, Triton 3.4). Each lets the next one start only when it has itself waited, so that never more than two run.
-EARLY = False
+# None: where it pays, up to EARLY_ROWS rows of a batch; with more of them there is too little to wait for.
+EARLY: bool | None = None
+EARLY_ROWS = 8
 NORMALISE_EPS = 1e-12  # torch.nn.functional.normalize's
 
 
@@ -51,8 +55,18 @@ def _interpreted() -> bool:
     return not isinstance(_linear, triton.JITFunction)
 
 
-def _launch() -> dict[str, bool]:
-    return {"EARLY": EARLY} | ({"launch_pdl": True} if EARLY else {})
+def launch(rows: Tensor) -> dict[str, bool]:
+    """How a kernel over a batch is launched, rows [B, ...]: whether it starts early, for itself and for Triton."""
+    if EARLY is not None:
+        early = EARLY
+    else:
+        early = len(rows) <= EARLY_ROWS and rows.is_cuda and _starts_early(rows.device.index)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+@cache
+def _starts_early(device: int) -> bool:
+    return hasattr(tl.extra.cuda, "gdc_wait") and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _power(n: int) -> int:
@@ -96,7 +110,7 @@ def linear(
     _linear[(triton.cdiv(B, batch), triton.cdiv(R, rows))](
         x, weight, bias, gates, out, B, R, x.stride(0), out.stride(0), 0 if gates is None else gates.stride(0),
         D, norm is not None, norm or 0.0, act, bias is not None, add, gates is not None, tanh,
-        batch, rows, min(_power(D), TILE // (batch * rows)), **_launch(),
+        batch, rows, min(_power(D), TILE // (batch * rows)), **launch(out),
     )  # fmt: skip
 
 
@@ -113,7 +127,7 @@ def hull_down(hidden: Tensor, down: Tensor, tau: Tensor, out: Tensor) -> None:
     block = max(1, TILE // (batch * rows * _power(n)))
     _hull_down[(triton.cdiv(B, batch), triton.cdiv(D, rows))](
         hidden, down, tau, out, B, D, hidden.stride(0), out.stride(0), n, width,
-        batch, rows, _power(n), min(_power(width), block), **_launch(),
+        batch, rows, _power(n), min(_power(width), block), **launch(out),
     )  # fmt: skip
 
 
@@ -149,7 +163,7 @@ def mix(
     _mix[(H, B)](
         heads, *phases, position, plasticity, keys, values, M, z, out, heads.stride(0), H, W, E, width,
         min(_power(W), KEYS // width), delta, *eps, EPSILON, NORMALISE_EPS,
-        num_warps=16 if width == WIDEST_HEAD else 8, **_launch(),
+        num_warps=16 if width == WIDEST_HEAD else 8, **launch(heads),
     )  # fmt: skip
 
 
@@ -180,7 +194,7 @@ def encode(
     _encode[(B,)](
         x, known, table, frequencies, position, out, *phases, x.stride(0), known.stride(0), D, places,
         places - patch_size, patch_size, len(frequencies), _power(len(frequencies)), count,
-        min(_power(D), max(1, TILE // count)), **_launch(),
+        min(_power(D), max(1, TILE // count)), **launch(x),
     )  # fmt: skip
 
 
@@ -218,7 +232,7 @@ def read_byte(
         x, table, conditioned, recurrent, hidden, weight, bias, new_hidden, logits, new_recurrent, keep, B, R,
         x.stride(0), conditioned.stride(0), hidden.stride(0), keep.stride(0),
         C, norm, new_recurrent is not None,
-        batch, rows, min(_power(C), TILE // (batch * max(rows, 4))), **_launch(),
+        batch, rows, min(_power(C), TILE // (batch * max(rows, 4))), **launch(x),
     )  # fmt: skip
 
 

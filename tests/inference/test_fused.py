@@ -196,6 +196,25 @@ def test_other_types_and_devices(monkeypatch):
         FusedStream(ByteStream(model).feed(random_bytes(1, 8)))
 
 
+@pytest.mark.skipif(decode.triton is None, reason="needs the package triton")
+def test_which_kernels_start_early(monkeypatch):
+    class Rows:
+        def __init__(self, rows: int, device: str):
+            self.rows, self.device, self.is_cuda = rows, torch.device(device), device != "cpu"
+
+        def __len__(self) -> int:
+            return self.rows
+
+    monkeypatch.setattr(decode.tl.extra.cuda, "gdc_wait", None, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {0: (9, 0), 1: (8, 6)}[device])
+    monkeypatch.setattr(decode, "_starts_early", decode._starts_early.__wrapped__)
+    early, late = {"EARLY": True, "launch_pdl": True}, {"EARLY": False}
+    assert [decode.launch(Rows(n, "cuda:0")) for n in (1, 8, 9)] == [early, early, late]
+    assert decode.launch(Rows(1, "cuda:1")) == decode.launch(Rows(1, "cpu")) == late
+    monkeypatch.setattr(decode, "EARLY", True)
+    assert decode.launch(Rows(99, "cpu")) == early
+
+
 def random_small(**changes) -> AGIFormer:
     """Of the preset small's shapes, every matrix drawn."""
     with torch.device("cuda"):
@@ -231,7 +250,8 @@ def test_its_steps_are_graphs(changes, batch):
 def test_the_same_bits_every_time_and_when_kernels_start_early(batch, monkeypatch):
     model = random_small(recall_heads=1)
     x = random_bytes(batch, 400).cuda()
+    monkeypatch.setattr(decode, "EARLY", False)
     expected = replayed(FusedStream, model, x)
-    assert torch.equal(replayed(FusedStream, model, x), expected)
-    monkeypatch.setattr(decode, "EARLY", True)
-    assert torch.equal(replayed(FusedStream, model, x), expected)
+    for early in (False, True, None):
+        monkeypatch.setattr(decode, "EARLY", early)
+        assert torch.equal(replayed(FusedStream, model, x), expected)
