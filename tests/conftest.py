@@ -13,6 +13,34 @@ if not torch.cuda.is_available():
 
 from model import AGIFormer, AGIFormerConfig
 
+
+def patch_once_a_launch() -> None:
+    """Triton's interpreter exchanges the language's functions for its own at a launch, which is meant, and again at
+    every call of a function inside a kernel: a third of its time, for nothing."""
+    try:
+        from triton.runtime import interpreter
+
+        exchange, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    except (ImportError, AttributeError):  # without triton, or with another version's interpreter
+        return
+    done = set()  # namespaces seen in this launch: what is exchanged depends on nothing else
+
+    def once(function):
+        if id(function.__globals__) in done:
+            return None  # of a call inside a kernel, which does not use it
+        done.add(id(function.__globals__))
+        return exchange(function)
+
+    def launched(*args, **kwargs):
+        done.clear()
+        return launch(*args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = once, launched
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_once_a_launch()
+
 TINY = {
     "d_model": 32, "n_layers": 2, "n_heads": 2, "byte_dim": 16, "window": 8, "ffn_dim": 48, "reasoning_dim": 48,
     "head_dim": 32, "recall_heads": 2, "recall_dim": 8, "recall_key_dim": 8, "recall_span": 3,

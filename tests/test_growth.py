@@ -12,7 +12,7 @@ from model import AGIFormer, AGIFormerConfig, ByteStream
 from model.layers.hull import CHRYSALIS
 from model.layers.pyramid import DirichletRouter, Node, depth, leaves
 from model.training.growth import GrowthStep, carry_out, half_more, parse_growth
-from tests.conftest import TINY
+from tests.conftest import TINY, draw_weights
 
 STREAM_TOLERANCE = 1e-4  # as in tests/inference/test_stream.py
 # Every kind of growth, and growth of what grew: trees of depth 2 and 1, petals in them, two columns, one of them grown.
@@ -38,10 +38,8 @@ def train(model: AGIFormer, x: torch.Tensor, steps: int = 5, lr: float = 1e-3) -
     return model
 
 
-def trained(preset: str, length: int, **changes) -> AGIFormer:
-    torch.manual_seed(0)
-    model = train(AGIFormer(AGIFormerConfig.preset(preset, **changes)), random_bytes(2, length, seed=1))
-    for block in model.blocks:  # nothing is at its zero start any more
+def nowhere_at_its_start(model: AGIFormer) -> AGIFormer:
+    for block in model.blocks:
         assert block.output.weight.any(1).all() and block.hull.groups[0].down.flatten(1).any(1).all()
     assert model.head.output.weight.any() and model.reasoning.mlp.down.weight.any()
     return model
@@ -50,12 +48,20 @@ def trained(preset: str, length: int, **changes) -> AGIFormer:
 @pytest.fixture(scope="module")
 def nano() -> dict[str, AGIFormer]:
     """Trained models; copy before growing."""
-    return {hull: trained("nano", 96, hull=hull) for hull in ("convex", "swiglu")}
+    models = {}
+    for hull in ("convex", "swiglu"):
+        torch.manual_seed(0)
+        model = train(AGIFormer(AGIFormerConfig.preset("nano", hull=hull)), random_bytes(2, 96, seed=1))
+        models[hull] = nowhere_at_its_start(model)
+    return models
 
 
 @pytest.fixture(scope="module")
 def small() -> AGIFormer:
-    return trained("small", 40)
+    """Drawn: training one this large takes seconds, and what growth must keep is the same."""
+    model = AGIFormer(AGIFormerConfig.preset("small")).train()
+    draw_weights(model, torch.Generator().manual_seed(1))
+    return nowhere_at_its_start(model)
 
 
 @torch.no_grad()
@@ -131,8 +137,7 @@ def test_growth_changes_no_bit_of_nano(nano, growth, hull):
     assert model.parameter_count() > count
 
 
-@pytest.mark.parametrize("growth", ["all blocks", "all kinds"])
-def test_growth_changes_no_bit_where_thinking_reads_memory(growth):
+def test_growth_changes_no_bit_where_thinking_reads_memory():
     """What is read stays the memory of the block that was there."""
     model = AGIFormer(AGIFormerConfig.preset("nano", thinking_reads=True)).train()
     with torch.no_grad():
@@ -142,7 +147,7 @@ def test_growth_changes_no_bit_where_thinking_reads_memory(growth):
     x = random_bytes(1, 131, seed=2)
     before = all_logits(model, x)
     model.grow(2)
-    GROWTHS[growth](model)
+    GROWTHS["all kinds"](model)
     assert same(all_logits(model, x), before)
     with torch.no_grad():
         model.reasoning.recall.weight.zero_()
@@ -152,12 +157,12 @@ def test_growth_changes_no_bit_where_thinking_reads_memory(growth):
 def test_growth_changes_no_bit_of_small(small):
     model = copy.deepcopy(small)
     x = random_bytes(1, 23, seed=2)
-    modes = [(False, False), (True, False), (False, True), (True, True)]
-    before, (text, seen) = [logits(model, x, *mode) for mode in modes], greedy(model, x[:, :5], 8)
+    modes = [(False, False), (True, True)]
+    before, (text, seen) = [logits(model, x, *mode) for mode in modes], greedy(model, x[:, :5], 4)
     for grow in (lambda: model.add_petals(n=2), lambda: model.widen(576), lambda: model.grow()):
         grow()
         assert same([logits(model, x, *mode) for mode in modes], before)
-    written, logits_of_each = greedy(model, x[:, :5], 8)
+    written, logits_of_each = greedy(model, x[:, :5], 4)
     assert written == text and torch.equal(logits_of_each, seen)
 
 
@@ -387,9 +392,14 @@ def test_the_rich_growth_is_rich(tiny_model):
     assert sum(isinstance(module, Node) for module in model.modules()) == 3 + 1 + 1
 
 
-@pytest.mark.parametrize("hull", ["convex", "swiglu"])
-@pytest.mark.parametrize("rule", ["hebbian", "delta"])
-@pytest.mark.parametrize("growth", [("grow 0", "grow 1"), ("widen 64",), MANY])
+@pytest.mark.parametrize(
+    ("growth", "rule", "hull"),  # every pair of them
+    [
+        (MANY, "hebbian", "convex"), (MANY, "delta", "swiglu"),
+        (("grow 0", "grow 1"), "hebbian", "swiglu"), (("grow 0", "grow 1"), "delta", "convex"),
+        (("widen 64",), "hebbian", "convex"), (("widen 64",), "delta", "swiglu"),
+    ],
+)  # fmt: skip
 @torch.no_grad()
 def test_streams_of_grown_models_equal_the_full_forward(tiny_model, growth, rule, hull):
     model = tiny_model(growth=growth, memory_rule=rule, hull=hull)

@@ -4,10 +4,8 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +13,7 @@ import pytest
 import model.data.store as store_module
 from model.data import ByteStore, DataError, SourceSpec, open_store
 from model.data.store import choose_split
-
-ROOT = Path(__file__).parents[2]
+from tests.conftest import fork
 
 
 def write(path, n=400, seed=0):
@@ -194,35 +191,42 @@ def test_old_leftovers_are_removed_and_young_ones_stay(tmp_path, cache):
     assert leftovers(cache) == [".building-young"]
 
 
-SLOW = """
-import sys, time
-import model.data.store as store
-from model.data import SourceSpec
-real = store.iter_documents
-def slow(spec):
-    for i, document in enumerate(real(spec)):
-        if i == 50:
-            print("half way", flush=True)
-        time.sleep(float(sys.argv[3]))
-        yield document
-store.iter_documents = slow
-found = store.open_store(SourceSpec(files=sys.argv[1]), sys.argv[2], progress=False)
-print("done", found.path.name, found.meta["sha256"], flush=True)
-"""
+class Build:
+    """A fork that builds the store of a file, slowly, and says so: a line half way, and one when it has done."""
 
+    def __init__(self, path, cache, pause: float):
+        heard, say = os.pipe()
+        real = store_module.iter_documents
 
-def start(path, cache, pause):
-    command = [sys.executable, "-c", SLOW, str(path), str(cache), str(pause)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        def slow(spec):
+            for i, document in enumerate(real(spec)):
+                if i == 50:
+                    os.write(say, b"half way\n")
+                time.sleep(pause)
+                yield document
+
+        def work():
+            store_module.iter_documents = slow
+            found = build(path, cache)
+            os.write(say, f"done {found.path.name} {found.meta['sha256']}\n".encode())
+
+        self.pid = fork(work)
+        os.close(say)
+        self.stdout = open(heard)  # noqa: SIM115 (until its end)
+
+    def end(self) -> tuple[int, list[str]]:
+        """(exit code, the lines that are left), when it has come to its end."""
+        with self.stdout:
+            lines = self.stdout.read().splitlines()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), lines
 
 
 def test_killed_build_leaves_no_half_store(tmp_path, cache):
     docs = write(tmp_path / "a.txt")
-    process = start(tmp_path / "a.txt", cache, 0.01)
+    process = Build(tmp_path / "a.txt", cache, 0.01)
     assert process.stdout.readline() == "half way\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.end() == (-signal.SIGKILL, [])
     names = [p.name for p in (cache / "stores").iterdir() if not p.name.startswith(".lock-")]
     assert len(names) == 1 and names[0].startswith(".building-")
     store = build(tmp_path / "a.txt", cache)
@@ -231,13 +235,13 @@ def test_killed_build_leaves_no_half_store(tmp_path, cache):
 
 def test_two_processes_build_at_once(tmp_path, cache):
     docs = write(tmp_path / "a.txt")
-    processes = [start(tmp_path / "a.txt", cache, 0.002) for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes)
-    assert outputs[0].splitlines()[-1] == outputs[1].splitlines()[-1]
+    processes = [Build(tmp_path / "a.txt", cache, 0.002) for _ in range(2)]
+    (one, said), (other, too) = [process.end() for process in processes]
+    assert one == other == 0
+    assert said[-1] == too[-1]
     assert not leftovers(cache)
     store = build(tmp_path / "a.txt", cache)
-    assert store.n_documents == len(docs) and store.meta["sha256"] in outputs[0]
+    assert store.n_documents == len(docs) and store.meta["sha256"] in said[-1]
 
 
 def test_two_builds_without_locks(tmp_path, cache, monkeypatch):

@@ -6,11 +6,13 @@ What needs PyTorch and is no whole run calls `main` in this process: importing i
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from model import save_checkpoint
 from model.evaluation.__main__ import main as evaluate
@@ -38,6 +40,27 @@ def run(folder, *command):
 
 
 @pytest.fixture
+def as_main(folder, monkeypatch, capsys):
+    """as_main("a_script.py" or "-m", …) → what `python …` does and prints, on the CPU, but in this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def go(*command):
+        module = command[0] == "-m"
+        monkeypatch.setattr(sys, "argv", list(command[module:]))
+        with pytest.raises(SystemExit) as end:
+            if module:
+                with monkeypatch.context() as patch:  # it is imported here, and would be warned of
+                    patch.delitem(sys.modules, f"{command[1]}.__main__", raising=False)
+                    runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+        return subprocess.CompletedProcess(command, end.value.code, *capsys.readouterr())
+
+    return go
+
+
+@pytest.fixture
 def in_process(folder, monkeypatch, capsys):
     """Like `run`, by the script's `main` in this process."""
     monkeypatch.chdir(folder)
@@ -61,10 +84,10 @@ def one_line(done, *parts):
 CHECKPOINT = "best_model_curriculum.safetensors"
 
 
-def test_recall_runs_and_fails_honestly(folder):
+def test_recall_runs_and_fails_honestly(as_main, folder):
     arguments = ["--lengths", "200,300", "--depths", "0,1", "--pairs", "3,8", "--samples", "2", "--seed", "4"]
     arguments += ["--json", "out/recall.json", "--plot", "out/recall.png"]
-    done = run(folder, "test_recall.py", CHECKPOINT, *arguments)
+    done = as_main("test_recall.py", CHECKPOINT, *arguments)
     assert done.returncode == 1, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[:2] for line in lines[1:4]] == [["bytes", "prompts"], ["200", "4"], ["300", "4"]]
@@ -195,10 +218,10 @@ def test_help_does_not_load_pytorch(tmp_path, script):
     assert run(tmp_path, "-c", code).returncode == 0
 
 
-def test_the_package_evaluates_a_whole_file(folder, random_model):
+def test_the_package_evaluates_a_whole_file(as_main, folder, random_model):
     checkpoint = "best_model_curriculum.safetensors"
     command = ["-m", "model.evaluation", checkpoint, "text.txt", "--split", "all", "--context", "32", "--json"]
-    done = run(folder, *command)
+    done = as_main(*command)
     assert done.returncode == 0, done.stderr
     (stage,) = json.loads(done.stdout)["stages"]
     expected = bits_per_byte(random_model, (folder / "text.txt").read_bytes(), context=32)

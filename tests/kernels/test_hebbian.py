@@ -73,11 +73,16 @@ def check(rule: str, alpha: float, T: int, device: str, **shape) -> None:
             assert error(gradients[name], gradient, floor) < TOLERANCE, name
 
 
-@pytest.mark.parametrize("T", [1, 5, 63, 64, 65, 200, 1025])
+@pytest.mark.parametrize("T", [1, 5, 63, 64, 65, 200])
 @pytest.mark.parametrize("alpha", PLASTICITIES)
 @pytest.mark.parametrize("rule", RULES)
 def test_chunked_equals_the_float64_recurrence(rule, alpha, T):
     check(rule, alpha, T, "cpu")
+
+
+@pytest.mark.parametrize(("rule", "alpha"), [("hebbian", 0.99), ("delta", 0.0), ("delta", 0.5)])
+def test_many_chunks_and_a_step(rule, alpha):
+    check(rule, alpha, 1025, "cpu", H=1)
 
 
 @pytest.mark.parametrize(("E", "V"), [(24, 8), (8, 24), (3, 1)])
@@ -96,7 +101,7 @@ def test_chunked_on_cuda_equals_the_float64_recurrence(rule, alpha, T):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_long_sequences(rule):
-    arguments = inputs(rule, 1.0, 16_384, E=8, B=1, H=1)
+    arguments = inputs(rule, 1.0, 8192, E=8, B=1, H=1)
     with torch.no_grad():
         expected, _ = _forward(arguments, "recurrent", torch.float64)
         found, state = _forward(arguments, "chunked", torch.float32)
@@ -104,8 +109,7 @@ def test_long_sequences(rule):
     assert torch.isfinite(state[0]).all()
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("alpha", [0.1, 1.0])
+@pytest.mark.parametrize(("rule", "alpha"), [("hebbian", 1.0), ("delta", 1.0), ("delta", 0.1)])
 def test_gradients_of_a_long_sequence(rule, alpha):
     check(rule, alpha, 2500, "cpu", E=4, B=1, H=1)
 

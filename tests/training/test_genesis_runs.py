@@ -21,6 +21,7 @@ from model.training.genesis import Genesis
 from model.training.options import TrainingOptions
 from model.training.step import TrainingStep
 from model.training.trainer import Trainer
+from tests.training.conftest import SURPRISES
 from tests.training.test_train_script import RUN, curriculum, environment, identical, metrics, script  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +58,8 @@ def whole(script, curriculum, tmp_path_factory):  # noqa: F811
                     "text",
                     lambda self, x, y, s, *a, **k: texts.append((x, s)) or text(self, x, y, s, *a, **k),
                 )
-                assert script(*RUN, "--curriculum", curriculum, "--steps", 60, *KINDS[kind], "--out", out) == 0
+                arguments = [*RUN, "--curriculum", curriculum, "--steps", 60, *KINDS[kind], "--out", out]
+                assert script(*arguments, plot=True) == 0
             made[kind] = SimpleNamespace(out=out, shapes=shapes, texts=texts, guarded=guarded)
         return made[kind]
 
@@ -75,7 +77,7 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
 def test_a_run_with_everything_on_resumes_exactly(kind, whole, script, curriculum, tmp_path):  # noqa: F811
     """Stopped where a stage ends, before the boom and at it, and killed between two saves; to the same bits."""
     arguments = [*RUN, "--curriculum", curriculum, "--steps", 60, *KINDS[kind], "--out", tmp_path]
-    on = ["--resume", "--out", tmp_path, "--quiet", "--sample-bytes", 20]
+    on = ["--resume", "--out", tmp_path, "--quiet", "--sample-bytes", 0]
     assert script(*arguments, stop_at=9) == 0
     stops = ((15, 0), (24, 0), (33, 130))  # at 33 it is killed, what is saved is older
     for stop, expected in stops[1:] if kind == "mixed" else stops:
@@ -211,10 +213,12 @@ sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 import model.training.run as run
+from model.genesis.surprise import RecurringSurprises
 from model.training.distributed import Workers
 from model.training.trainer import Trainer
 import train_curriculum
 
+RecurringSurprises.__init__.__defaults__ = ({slots}, None)
 child = os.fork()  # what is imported by now need not be imported twice
 os.environ |= {{"RANK": str(int(child > 0)), "LOCAL_RANK": "0"}}
 workers, device = run.join_workers("cpu")
@@ -251,7 +255,7 @@ assert not child or os.waitpid(child, 0)[1] == 0
 
 def test_two_workers_remember_apart_and_resume_exactly(curriculum, environment, tmp_path):  # noqa: F811
     """Stopped where one worker is asked to, and killed; whatever is common stays so, bit for bit."""
-    (tmp_path / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
+    (tmp_path / "driver.py").write_text(DRIVER.format(root=str(ROOT), slots=SURPRISES))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

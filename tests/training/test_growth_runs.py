@@ -15,12 +15,12 @@ from model.training.optimizer import MuonAdamW
 from model.training.step import TrainingStep
 from tests.conftest import make_random_model
 from tests.training.test_step import batches, host_reads
-from tests.training.test_train_script import RUN, curriculum, environment, identical, metrics, script, train  # noqa: F401
+from tests.training.test_train_script import RUN, curriculum, environment, identical, metrics, script  # noqa: F401
 
-GROWING = ["--grow", "12:petals,20:blocks,31:0,40:widen=48,50:thaw"]
+GROWING = ["--grow", "6:petals,10:blocks,15:0,20:widen=48,25:thaw"]
 FREEZING = ["--freeze", "cryogenic", "--freeze-threshold", "0.85"]
 KL = [*GROWING, "--freeze", "chrysalis", "--freeze-rule", "kl", "--freeze-threshold", "1000"]
-FROZEN_ONCE = ["--freeze", "chrysalis", "--freeze-at", "20", "--freeze-threshold", "2", "--grow", "20:petals=3"]
+FROZEN_ONCE = ["--freeze", "chrysalis", "--freeze-at", "10", "--freeze-threshold", "2", "--grow", "10:petals=3"]
 
 
 def trained(steps: int = 3, **options):
@@ -152,35 +152,37 @@ def test_viscous_updates_are_the_reference_applied_to_plain_ones():
 @pytest.mark.parametrize("extra", [GROWING, FREEZING, FROZEN_ONCE, KL])
 def test_a_growing_run_stopped_and_resumed_is_bit_identical(extra, curriculum, script, tmp_path):  # noqa: F811
     """Resumed twice, from saves on both sides of growth; routers sample and petals set on the way."""
-    arguments = [*RUN, "--curriculum", curriculum, "--steps", 60, "--save-every", 5, *extra]
-    assert script(*arguments, "--out", tmp_path / "whole") == 0
-    for stop in (15, 48):  # 48 is a step with an evaluation, which is still to be made when the run stops there
-        out = tmp_path / f"stopped-{stop}"
-        assert script(*arguments, "--out", out, stop_at=stop) == 0
+    arguments = [*RUN, "--curriculum", curriculum, "--steps", 30, "--save-every", 5, *extra]
+    assert script(*arguments, "--sample-bytes", 5, "--out", tmp_path / "whole", plot=True) == 0
+    out = tmp_path / "stopped"
+    arguments += ["--out", out]
+    for stop in (8, 24):  # 24 is a step with an evaluation, which is still to be made when the run stops there
+        assert script(*arguments, stop_at=stop) == 0
         assert load_training_state(out / "last_model_curriculum.safetensors")[1]["step"] == stop
-        assert script("--resume", "--out", out, "--quiet", "--sample-bytes", 20) == 0
-        assert identical(out, tmp_path / "whole")
+        arguments = ["--resume", "--out", out, "--quiet", "--sample-bytes", 0]
+    assert script(*arguments) == 0
+    assert identical(out, tmp_path / "whole")
     data = metrics(tmp_path / "whole")
-    if extra is FROZEN_ONCE:  # what was there at step 20 sets, what is added then does not
-        assert {row["solid"] for row in data["hulls"] if row["step"] >= 20} == {4}
+    if extra is FROZEN_ONCE:  # what was there at step 10 sets, what is added then does not
+        assert {row["solid"] for row in data["hulls"] if row["step"] >= 10} == {4}
         assert data["hulls"][-1]["total"] == 7
     if extra is FREEZING:
-        assert data["hulls"][-1]["solid"] == 4 and any(row["solid"] == 4 for row in data["hulls"] if row["step"] <= 48)
+        assert data["hulls"][-1]["solid"] == 4 and any(row["solid"] == 4 for row in data["hulls"] if row["step"] <= 24)
     if extra is KL:
         assert max(row["solid"] for row in data["hulls"]) > 4
     if extra in (GROWING, KL):
         assert [(e["step"], e["what"]) for e in data["growth"]] == [
-            (12, "petals"), (20, "blocks"), (31, "blocks"), (40, "widen"), (50, "thaw"),
+            (6, "petals"), (10, "blocks"), (15, "blocks"), (20, "widen"), (25, "thaw"),
         ]  # fmt: skip
         model = load_checkpoint(tmp_path / "whole" / "last_model_curriculum.safetensors")
         assert model.config.growth[:2] == ("petals 0 2", "grow 0")
         assert model.parameter_count() == data["growth"][-1]["parameters"]
 
 
-def test_petals_set_and_the_model_grows_by_itself(curriculum, environment, tmp_path):  # noqa: F811
+def test_petals_set_and_the_model_grows_by_itself(curriculum, script, tmp_path, capsys):  # noqa: F811
     """With a threshold over every mobility all petals set at the second observation, and the policy adds half again."""
     arguments = [*RUN, "--curriculum", curriculum, "--steps", 60, "--grow", "auto", "--freeze", "cryogenic"]
-    done = train(environment, *arguments, "--freeze-threshold", "2", "--out", tmp_path)
+    assert script(*arguments, "--freeze-threshold", "2", "--out", tmp_path, plot=True) == 0
     data = metrics(tmp_path)
     (first, *_) = data["growth"]
     assert (first["why"], first["what"], first["changes"]) == ("auto", "petals", ["petals 0 2"])
@@ -189,7 +191,7 @@ def test_petals_set_and_the_model_grows_by_itself(curriculum, environment, tmp_p
     assert all(set(row["radius"]) for row in data["hulls"])
     lines = [json.loads(line) for line in (tmp_path / "log_curriculum.jsonl").read_text("utf-8").splitlines()]
     assert {"growth", "petal_set", "hulls"} <= {line["event"] for line in lines}
-    assert "BPC long" in done.stdout
+    assert "BPC long" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

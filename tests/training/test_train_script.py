@@ -1,5 +1,7 @@
 """train_curriculum.py as a user runs it: a whole run, its files, stops, kills and resumes, and its errors."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -16,13 +18,15 @@ import torch
 
 import train_curriculum
 from model import load_checkpoint
+from model.data import store
 from model.training.checkpoint import load_training_state
 from model.training.trainer import Trainer
+from tests.conftest import fork
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [f"--set={setting}" for setting in ("d_model=32", "n_layers=1", "n_heads=2", "ffn_dim=32", "byte_dim=16")]
 TINY += [f"--set={setting}" for setting in ("window=8", "reasoning_dim=32", "head_dim=16")]
-RUN = ["--preset", "nano", *TINY, "--batch-size", "2", "--seq-len", "64", "--sample-bytes", "20", "--quiet"]
+RUN = ["--preset", "nano", *TINY, "--batch-size", "2", "--seq-len", "64", "--sample-bytes", "0", "--quiet"]
 
 TOML = """
 name = "three"
@@ -68,12 +72,13 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script(environment):
-    """script(*arguments, stop_at=…, die_at=…) → exit code; in this process, which saves starting one.
+    """script(*arguments, stop_at=…, die_at=…, plot=…) → exit code; in this process, which saves starting one.
 
-    `stop_at`: as by a signal in that step. `die_at`: gone after that step, without a save.
+    `stop_at`: as by a signal in that step. `die_at`: gone after that step, without a save. `plot`: which takes longer
+    than many a run, for those whose plot counts.
     """
 
-    def run(*arguments, stop_at: int | None = None, die_at: int | None = None) -> int:
+    def run(*arguments, stop_at: int | None = None, die_at: int | None = None, plot: bool = False) -> int:
         with pytest.MonkeyPatch.context() as patch:
             train_one = Trainer._train_one
 
@@ -84,8 +89,8 @@ def script(environment):
                     raise KeyboardInterrupt
 
             patch.setattr(Trainer, "_train_one", interrupted)
-            if stop_at is not None:
-                patch.setattr(Trainer, "plot", lambda self: None)  # only what ends is looked at
+            if not plot:
+                patch.setattr(Trainer, "plot", lambda self: None)
             patch.setenv("AGIFORMER_CACHE", environment["AGIFORMER_CACHE"])
             patch.setattr(torch.cuda, "is_available", lambda: False)  # as for the runs that are processes of their own
             patch.setattr(sys, "argv", ["train_curriculum.py", *map(str, arguments)])
@@ -112,23 +117,57 @@ def train_here(script, capsys):
     return run
 
 
+class Forked:
+    """script(*arguments) in a fork, which has no torch to import; of subprocess.Popen what is used here."""
+
+    def __init__(self, script, *arguments):
+        def work():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                code = script(*arguments)
+            os._exit(code)
+
+        self.pid, self.returncode = fork(work), None
+
+    def poll(self) -> int | None:
+        return self.wait(os.WNOHANG)
+
+    def wait(self, how: int = 0) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, how)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
 def command(*arguments) -> list[str]:
     return [sys.executable, str(ROOT / "train_curriculum.py"), *map(str, arguments)]
 
 
-def train(environment, *arguments, check=True):
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=120)
-    if check:
-        assert done.returncode == 0, done.stderr
-    return done
+def as_users_do(environment, *arguments) -> subprocess.Popen:
+    # A shell's background jobs are deaf to Ctrl-C, and what they start.
+    hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    return subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.PIPE, text=True, **hears)
+
+
+@pytest.fixture
+def start(script, environment):
+    """start(*arguments) → a process that trains."""
+    if torch.cuda.is_available():  # where autograd has threads of its own, which a fork would miss
+        return lambda *arguments: as_users_do(environment, *arguments)
+    return lambda *arguments: Forked(script, *arguments)
 
 
 @pytest.fixture(scope="module")
-def whole_run(curriculum, environment, tmp_path_factory):
+def whole_run(curriculum, script, tmp_path_factory):
     """An unbroken run of 60 steps, and what it printed."""
-    out = tmp_path_factory.mktemp("whole")
-    done = train(environment, *RUN, "--curriculum", curriculum, "--steps", 60, "--out", out)
-    return out, done.stdout
+    out, stdout = tmp_path_factory.mktemp("whole"), io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        arguments = [*RUN, "--curriculum", curriculum, "--steps", 60, "--sample-bytes", 20, "--out", out]
+        assert script(*arguments, plot=True) == 0
+    return out, stdout.getvalue()
 
 
 def metrics(out: Path) -> dict:
@@ -179,53 +218,59 @@ def test_every_line_of_the_log_is_json(whole_run):
     assert {"train", "evaluation", "stage_end"} <= set(events)
 
 
-def test_the_same_run_again_is_bit_identical(whole_run, curriculum, train_here, tmp_path):
-    train_here(*RUN, "--curriculum", curriculum, "--steps", 60, "--out", tmp_path)
-    assert identical(whole_run[0], tmp_path)
+def test_another_seed_is_another_run(whole_run, curriculum, script, tmp_path):
+    arguments = [*RUN, "--curriculum", curriculum, "--steps", 60, "--out", tmp_path, "--seed", 1]
+    assert script(*arguments, stop_at=10) == 0
+    seen = metrics(tmp_path)["train"]
+    assert [row["step"] for row in seen] == [9, 10]
+    for row, other in zip(seen, metrics(whole_run[0])["train"]):
+        assert row["step"] == other["step"] and row["bpc"] != other["bpc"]
 
 
-def test_another_seed_is_another_run(whole_run, curriculum, train_here, tmp_path):
-    train_here(*RUN, "--curriculum", curriculum, "--steps", 60, "--out", tmp_path, "--seed", 1)
-    assert metrics(tmp_path)["train"] != metrics(whole_run[0])["train"]
+def await_step(process, out: Path, step: int) -> None:
+    log = out / "log_curriculum.jsonl"
+    while process.poll() is None and not (log.exists() and f'"step": {step},' in log.read_text()):
+        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_a_resumed_run_is_bit_identical(whole_run, curriculum, environment, tmp_path, number):
-    """Stopped at an arbitrary step by a signal, resumed without further arguments, to the same bits."""
+def test_a_signal_saves_and_a_resumed_run_is_bit_identical(
+    whole_run, curriculum, environment, start, train_here, tmp_path, number
+):
+    """Stopped at an arbitrary step by a signal, resumed without further arguments, to the same bits.
+
+    The one is a process as a user starts it: what it trains is what it would be in this one.
+    """
     arguments = [*RUN, "--curriculum", curriculum, "--steps", 60, "--out", tmp_path]
-    process = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.PIPE, text=True)
-    log = tmp_path / "log_curriculum.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 20' in log.read_text()):
-        time.sleep(0.005)
+    as_users = number == signal.SIGINT
+    process = as_users_do(environment, *arguments) if as_users else start(*arguments)
+    await_step(process, tmp_path, 20)
     process.send_signal(number)
-    stdout, _ = process.communicate(timeout=60)
+    stdout = process.communicate(timeout=60)[0] if as_users else process.wait() and ""
     assert process.returncode == 0
     stopped = load_training_state(tmp_path / "last_model_curriculum.safetensors")[1]["step"]
     assert stopped >= 20
-    if stopped < 60:
+    if as_users and stopped < 60:
         assert f"stopped at step {stopped}" in stdout
-    train(environment, "--resume", "--out", tmp_path, "--quiet", "--sample-bytes", 20)
+    train_here("--resume", "--out", tmp_path, "--quiet", "--sample-bytes", 0)
     assert identical(whole_run[0], tmp_path)
 
 
-def test_kill_in_the_middle_always_leaves_something_to_resume(whole_run, curriculum, environment, tmp_path):
+def test_kill_in_the_middle_always_leaves_something_to_resume(whole_run, curriculum, start, train_here, tmp_path):
     """Kill -9 three times, with saves so frequent that a kill falls into one as often as not; the end is the same."""
     arguments = [*RUN, "--curriculum", curriculum, "--steps", 60, "--out", tmp_path, "--save-every", 1, "--resume"]
-    last, log = tmp_path / "last_model_curriculum.safetensors", tmp_path / "log_curriculum.jsonl"
+    last = tmp_path / "last_model_curriculum.safetensors"
     rng = random.Random(1)
     for reached in (10, 20, 40):
-        process = subprocess.Popen(
-            command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and not (log.exists() and f'"step": {reached},' in log.read_text()):
-            time.sleep(0.002)
+        process = start(*arguments)
+        await_step(process, tmp_path, reached)
         time.sleep(rng.random() * 0.1)
         assert process.poll() is None, "it ended before it could be killed"
-        process.kill()
+        process.send_signal(signal.SIGKILL)
         process.wait()
         load_checkpoint(last)
         assert reached - 1 <= load_training_state(last)[1]["step"] < 60
-    train(environment, *arguments)
+    train_here(*arguments)
     a, b = metrics(tmp_path), metrics(whole_run[0])
     assert (a["train"], a["evaluations"], a["retention"]) == (b["train"], b["evaluations"], b["retention"])
     a, b = (load_checkpoint(out / last.name).state_dict() for out in (tmp_path, whole_run[0]))
@@ -233,20 +278,20 @@ def test_kill_in_the_middle_always_leaves_something_to_resume(whole_run, curricu
 
 
 def test_two_workers_share_a_run(curriculum, environment, tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *command(*RUN, "--curriculum", curriculum, "--steps", 12, "--out", tmp_path)[1:],
-        ],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert metrics(tmp_path)["run"]["workers"] == 2
-    assert metrics(tmp_path)["train"][-1]["step"] == 12
-    assert done.stdout.count("validation BPC") == 1
+    def work():  # as `python -m torch.distributed.run` does, which would have to import torch once more
+        from torch.distributed.run import main
+
+        os.environ |= environment
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(tmp_path / name, os.O_WRONLY | os.O_CREAT), number)
+        arguments = [*RUN, "--curriculum", curriculum, "--steps", 6, "--out", tmp_path / "out"]
+        main(["--standalone", "--nproc-per-node", "2", *command(*arguments)[1:]])
+
+    code = os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1])
+    assert code == 0, (tmp_path / "stderr").read_text()
+    assert metrics(tmp_path / "out")["run"]["workers"] == 2
+    assert metrics(tmp_path / "out")["train"][-1]["step"] == 6
+    assert (tmp_path / "stdout").read_text().count("validation BPC") == 1
 
 
 @pytest.mark.parametrize(
@@ -335,6 +380,7 @@ def test_a_new_run_moves_the_old_one_aside(whole_run, curriculum, train_here, tm
 def test_a_finished_run_resumed_elsewhere_is_whole_there(whole_run, train_here, tmp_path):
     last = whole_run[0] / "last_model_curriculum.safetensors"
     done = train_here("--resume", last, "--out", tmp_path / "new", "--quiet", "--sample-bytes", 5)
+    assert "sample" in done.stdout
     assert identical(whole_run[0], tmp_path / "new")
     assert "BPC long" in done.stdout
 
@@ -343,7 +389,7 @@ def test_resuming_into_an_occupied_folder_moves_what_is_there_aside(whole_run, c
     train_here(*RUN, "--curriculum", curriculum, "--steps", 3, "--out", tmp_path)
     before = (tmp_path / "last_model_curriculum.safetensors").read_bytes()
     last = whole_run[0] / "last_model_curriculum.safetensors"
-    train_here("--resume", last, "--out", tmp_path, "--quiet", "--sample-bytes", 5)
+    train_here("--resume", last, "--out", tmp_path, "--quiet", "--sample-bytes", 0)
     assert identical(whole_run[0], tmp_path)
     assert (tmp_path / "previous-1" / "last_model_curriculum.safetensors").read_bytes() == before
 
@@ -352,7 +398,7 @@ def test_a_missing_best_model_is_not_spoken_of(whole_run, train_here, tmp_path):
     """Only the last model was copied here: the metrics must not name a best one that is not there."""
     last = tmp_path / "last_model_curriculum.safetensors"
     last.write_bytes((whole_run[0] / last.name).read_bytes())
-    done = train_here("--resume", "--out", tmp_path, "--quiet", "--sample-bytes", 5)
+    done = train_here("--resume", "--out", tmp_path, "--quiet", "--sample-bytes", 0)
     assert metrics(tmp_path)["best"] is None
     assert "no best model" in done.stdout
 
@@ -389,20 +435,31 @@ def test_no_reading_of_the_loss_spans_two_stages(whole_run):
     assert rows[:5] == [(9, "words"), (10, "masal"), (20, "masal"), (24, "masal"), (30, "long")]
 
 
-def test_ctrl_c_before_the_first_step(environment, tmp_path):
-    process = subprocess.Popen(
-        command("--preset", "nano", "--out", tmp_path / "out", "--cache-dir", tmp_path / "cache"),
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while process.poll() is None and not (tmp_path / "cache").exists():
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    try:
-        _, stderr = process.communicate(timeout=20)
-    except subprocess.TimeoutExpired:  # Python drops an interrupt that falls into a finalizer: one presses again
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in stderr
+def test_ctrl_c_before_the_first_step(script, tmp_path):
+    """While it encodes the first text."""
+    heard, say = os.pipe()
+    documents = store.iter_documents
+
+    def slow(spec):
+        for document in documents(spec):
+            os.write(say, b"x")
+            time.sleep(60)
+            yield document
+
+    def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        store.iter_documents = slow
+        sys.stderr = open(tmp_path / "stderr", "w")  # noqa: SIM115 (until the process ends)
+        code = script("--preset", "nano", "--curriculum", text, "--out", tmp_path / "out")
+        sys.stderr.close()
+        os._exit(code)
+
+    text = tmp_path / "text.txt"
+    text.write_text("none has encoded this\n\n" * 20)
+    child = fork(work)
+    os.close(say)
+    assert os.read(heard, 1) == b"x"
+    os.close(heard)
+    os.kill(child, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert "Traceback" not in (tmp_path / "stderr").read_text()

@@ -175,19 +175,19 @@ def test_generated_texts_hold_no_match(tiny_model, bounded, any_bytes):
     prompts = [random_prompt(rng) for _ in range(9)]
     prompts += [b"", b"a", b"f", b"x\xef\xac", b"\xef\xac", b"1\xe2\x91", b"\xf0\x9f\x98"]
 
-    def texts(policy: Policy) -> list[bytes]:
+    def texts(policy: Policy, max_bytes: int) -> list[bytes]:
         data = [b""] * (8 * len(prompts))
-        for piece in generate(model, prompts, max_bytes=55, temperature=2.0, seed=5, batch=8, any_bytes=any_bytes,
-                              policy=policy, stop=[b"z", b"\xb6"]):  # fmt: skip
+        for piece in generate(model, prompts, max_bytes=max_bytes, temperature=2.0, seed=5, batch=8,
+                              any_bytes=any_bytes, policy=policy, stop=[b"z", b"\xb6"]):  # fmt: skip
             data[piece.row] += piece.data
         return data
 
-    written = texts(Policy(rules))
+    written = texts(Policy(rules), 55)
     assert sum(map(len, written)) > 1500
     for i, data in enumerate(written):
         assert not matches(regexes, prompts[i // 8], data), (prompts[i // 8], data)
-    free = texts(Policy())
-    assert sum(bool(matches(regexes, prompts[i // 8], data)) for i, data in enumerate(free)) > 20
+    free = texts(Policy(), 32)
+    assert sum(bool(matches(regexes, prompts[i // 8], data)) for i, data in enumerate(free)) > 10
 
 
 def test_a_policy_that_blocks_nothing_draws_the_same_bytes(tiny_model):
