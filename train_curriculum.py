@@ -47,13 +47,16 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     how.add_argument(
-        "--recall", type=float, metavar="SHARE", help="of rows that get recall tasks (default: as the curriculum says)"
+        "--recall",
+        type=float,
+        metavar="SHARE",
+        help="of the rows of every stage that get recall tasks (default: each stage's own, as the curriculum says)",
     )
     how.add_argument(
         "--write-price",
         type=float,
         metavar="NATS",
-        help="a byte, of writing everything into a head of the byte memory, times the share of tasks (default: 16)",
+        help="a byte, of writing all text into a long head of the byte memory, where there are tasks (default: 4)",
     )
 
     how.add_argument(

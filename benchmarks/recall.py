@@ -4,7 +4,7 @@
     python benchmarks/recall.py --variants bytes,window,full --steps 5000 --seq-len 8192
     python benchmarks/recall.py --quick                  # seconds a variant on a CPU; its numbers say nothing
 
-Every variant starts from the same seed and reads the same batches; tasks become harder over the first half of the
+Every variant starts from the same seed and reads the same batches; tasks become harder over the first 40% of the
 steps, and the price of writing rises with them, as in a run of the trainer. Plasticity is 1: nothing but the model's
 own decay forgets. One table, a line a variant: parameters, all and those in use; needles exactly right by length of the
 prompt, in trained phrasings; values exactly right by number of pairs; BPC of held-out text; bytes/s of the training
@@ -198,7 +198,7 @@ def train(
     variant, steps = VARIANTS[name], arguments.steps
     tasks = RecallOptions(arguments.share)
     sampler = CropSampler(store, arguments.seq_len, arguments.batch_size, arguments.seed)
-    price = TrainingOptions.write_price * tasks.share if variant.priced else 0.0
+    price = TrainingOptions.write_price if variant.priced else 0.0
     step = TrainingStep(
         model,
         MuonAdamW(model, weight_decay=TrainingOptions.weight_decay),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import AGIFormerConfig
+from model.kernels.cross_entropy import byte_cross_entropy
 from model.layers.block import BlockState, HybridBlock
 from model.layers.byte_memory import ByteMemory
 from model.layers.encoder import ByteLatentEncoder
@@ -112,6 +113,7 @@ class AGIFormer(nn.Module):
         halt_threshold: float | None = None,
         writes: list[Tensor] | None = None,
         halts: list[Tensor] | None = None,
+        long_only: Tensor | None = None,
     ) -> Tensor:
         """Logits aligned with their input: `logits[:, t]` predicts `x[:, t]` from `x[:, :t]`.
 
@@ -119,7 +121,8 @@ class AGIFormer(nn.Module):
             x: [B, L] bytes as any integer type, L ≥ 1.
             thinking_steps: K for this call; the configured number when None.
             halt_threshold: see RecurrentReasoningBlock; None in training.
-            writes, halts: see `read_out` and `think`.
+            writes, long_only: see `read_out`.
+            halts: see `think`.
 
         Returns:
             [B, L, 256] float32.
@@ -127,7 +130,7 @@ class AGIFormer(nn.Module):
         self._check_bytes(x)
         z, state = self.trunk(self.latents(x))
         z = self.think(z, state, steps=thinking_steps, halt_threshold=halt_threshold, halts=halts)
-        return self.read_out(z, x, writes)
+        return self.read_out(z, x, writes, long_only)
 
     def latents(self, x: Tensor) -> Tensor:
         """What enters the trunk: x [B, L] → [B, ceil(L / P), width]. Position i has read the patches before patch i."""
@@ -140,17 +143,19 @@ class AGIFormer(nn.Module):
             latents = torch.cat([latents.to(rest.dtype), rest], 1)
         return latents
 
-    def read_out(self, z: Tensor, x: Tensor, writes: list[Tensor] | None = None) -> Tensor:
+    def read_out(
+        self, z: Tensor, x: Tensor, writes: list[Tensor] | None = None, long_only: Tensor | None = None
+    ) -> Tensor:
         """Logits [B, L, 256] of x [B, L] by the latents z [B, ceil(L / P), width] that predict its patches.
 
-        To `writes`, if given, the byte memory's writing strengths [B, H, P · ceil(L / P)] are appended.
+        To `writes`, if given, the byte memory's writing strengths [B, H, P · ceil(L / P)] are appended. `long_only`
+        [B] bool says in which rows its short heads are silent: in training, in those with recall tasks.
         """
-        return self.head(z, self.previous_bytes(x), writes).flatten(1, 2)[:, : x.shape[1]]
+        return self.head(z, self.previous_bytes(x), writes, long_only).flatten(1, 2)[:, : x.shape[1]]
 
     def loss(self, x: Tensor, *, thinking_steps: int | None = None) -> Tensor:
         """Mean cross-entropy of x [B, L] in nats per byte, a scalar; BPC is this over ln 2."""
-        logits = self(x, thinking_steps=thinking_steps)
-        return F.cross_entropy(logits.flatten(0, 1), x.flatten().long())
+        return byte_cross_entropy(self(x, thinking_steps=thinking_steps), x)
 
     def start_latents(self, batch_size: int) -> Tensor:
         """What stands before the first patch: [B, 1, D], the channels of added columns included."""

@@ -185,7 +185,7 @@ def test_variants_have_the_memory_that_they_are_called_by(name, memory, rule):
 
 
 @pytest.mark.parametrize(("name", "price"), [("bytes", 4.0), ("bytes-free", 0.0)])
-def test_tasks_get_harder_and_writing_dearer_over_the_first_half(name, price, store, monkeypatch):
+def test_tasks_get_harder_and_writing_dearer_over_the_first_steps(name, price, store, monkeypatch):
     seen, prices, mix, run = [], [], recall.mix, recall.TrainingStep.run
 
     def spied_mix(batch, options, *, difficulty, seed, index):
@@ -201,9 +201,9 @@ def test_tasks_get_harder_and_writing_dearer_over_the_first_half(name, price, st
     monkeypatch.setattr(recall.Stopwatch, "seconds", lambda self: [9.0] * 5 + [1.0, 4.0, 2.0])
     arguments = quick("--share", 0.25)
     cost = recall.train(name, recall.make_model(recall.VARIANTS[name], arguments, CPU), arguments, store, CPU)
-    rising = [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
-    assert seen == [(difficulty, i, RecallOptions(0.25)) for i, difficulty in enumerate(rising)]
-    assert prices == [price * difficulty for difficulty in rising]
+    rising = [0, 1 / 3.2, 2 / 3.2, 3 / 3.2, 1, 1, 1, 1]
+    assert seen == [(pytest.approx(difficulty), i, RecallOptions(0.25)) for i, difficulty in enumerate(rising)]
+    assert prices == pytest.approx([price * difficulty for difficulty in rising])
     # The median of the steps after the first five, which are the eager ones and the capture where there is one.
     assert cost["training_bytes_per_second"] == 2 * 256 / 2.0
     assert cost["write_price"] == (price or None)

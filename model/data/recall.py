@@ -12,7 +12,8 @@ that everything in another one is. Pure function of seed, step, rank and row, li
 
 Every byte has a weight in the loss: 1 for text, `answer_weight` for the bytes of an answer, which what stands before
 them decides, and 0 for the rest of a task, which nothing could predict. A row's answers together weigh at most
-1/MOST_ANSWERS of what a row of text weighs: many answers, most of them hard ones (256 pairs), would drown the text.
+`answer_limit` of what a row of text weighs: many answers, most of them hard ones (256 pairs), would drown the text.
+What a task tells and asks weighs `TOLD`, a zero that can be told from an aside's: writing it into memory has no price.
 
 Notable: difficulty d in [0, 1] sets the longest distance between a fact and its question, SHORTEST · (L / SHORTEST)^d
 bytes, and in the same way the number of pairs and the length of a copy. Distances are drawn evenly in the logarithm, so
@@ -35,10 +36,11 @@ from .haystack import LANGUAGES
 
 TASKS = ("needle", "update", "pairs", "lines", "copy")
 SHORTEST = 96  # bytes: the longest distance at difficulty 0
-MOST_ASIDES = 3  # passages in a row; the longest takes half of it
+MOST_ASIDES = 2  # passages in a row; the longest takes a third of it
+TOLD = -0.0  # weight of statements and questions: 0 in every sum, product and comparison, and only the sign says so
 SPACING = 192  # bytes of a row that a needle or an assignment has to itself, with its question
 MAX_PAIRS = 256
-MOST_ANSWERS = 8  # answers of a row weigh at most 1/8 of a row of text
+ASKED = 8  # pairs are asked for in 1/8 of a row at most, or once
 ROUNDS = 8  # how often a list's pairs are asked for at most
 MIN_LENGTH = 128  # bytes of a row that a task needs
 WORDS_FROM = 2048  # bytes of a row whose words may be keys
@@ -56,12 +58,14 @@ class RecallOptions:
         tasks: kinds that are drawn, evenly.
         languages: of needles, "en", "tr".
         answer_weight: of an answer's bytes in the loss, > 1: an answer is no text.
+        answer_limit: what the answers of a row weigh together at most, in rows of text, > 0.
     """
 
     share: float
     tasks: tuple[str, ...] = TASKS
     languages: tuple[str, ...] = tuple(LANGUAGES)
     answer_weight: float = 8.0
+    answer_limit: float = 0.125
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
@@ -70,6 +74,8 @@ class RecallOptions:
             raise DataError(f"recall share={self.share!r}: accepted is a number from 0 to 1")
         if not (_is_number(self.answer_weight) and 1 < self.answer_weight < math.inf):
             raise DataError(f"recall answer_weight={self.answer_weight!r}: accepted is a number above 1")
+        if not (_is_number(self.answer_limit) and 0 < self.answer_limit < math.inf):
+            raise DataError(f"recall answer_limit={self.answer_limit!r}: accepted is a number above 0")
         for name, values, known in (("tasks", self.tasks, TASKS), ("languages", self.languages, tuple(LANGUAGES))):
             if not values or any(value not in known for value in values):
                 raise DataError(f"recall {name}={list(values)!r}: accepted are one or more of {', '.join(known)}")
@@ -106,7 +112,7 @@ def mix(
         rng = random.Random(f"recall/{seed}/{index}/{rank}/{row}")
         made = make_row(bytes(batch[row].numpy()), rng.choice(options.tasks), options, difficulty, rng)
         batch[row] = torch.from_numpy(np.frombuffer(made.data, np.uint8).copy())
-        weights[row] = torch.from_numpy(made.weights(options.answer_weight))
+        weights[row] = torch.from_numpy(made.weights(options.answer_weight, options.answer_limit))
     return batch, weights
 
 
@@ -115,28 +121,43 @@ def is_text(weights: Tensor) -> Tensor:
     return (weights == 1).to(weights.dtype)
 
 
+def is_told(weights: Tensor) -> Tensor:
+    """Which bytes of weights [B, L] tasks have put there, as 1 and 0: statements, questions, answers; no asides."""
+    answers = (weights != 0) & (weights != 1)
+    return (answers | weights.signbit()).to(weights.dtype)
+
+
+def has_tasks(weights: Tensor) -> Tensor:
+    """Which rows of weights [B, L] are not text alone: [B] bool."""
+    return (weights != 1).any(1)
+
+
 @dataclass
 class Row:
     """A row with tasks: its bytes, and where they are not text.
 
     Attributes:
         task: the kind.
-        inserted: (start, stop) of what is not text.
-        answers: (start, stop, distance) of answers inside it; distance in bytes from the end of what it repeats.
+        inserted: (start, stop) of what a task tells and asks.
+        answers: (start, stop, distance) of answers; distance in bytes from the end of what it repeats.
+        asides: (start, stop) of made-up sentences in the place of text.
     """
 
     task: str
     data: bytes
     inserted: list[tuple[int, int]]
     answers: list[tuple[int, int, int]]
+    asides: list[tuple[int, int]]
 
-    def weights(self, answer_weight: float) -> np.ndarray:
+    def weights(self, answer_weight: float, answer_limit: float) -> np.ndarray:
         """float32 [L]."""
         weights = np.ones(len(self.data), np.float32)
-        for start, stop in self.inserted:
+        for start, stop in self.asides:
             weights[start:stop] = 0
+        for start, stop in self.inserted:
+            weights[start:stop] = TOLD
         answers = sum(stop - start for start, stop, _ in self.answers)
-        weight = np.float32(min(answer_weight, len(weights) / MOST_ANSWERS / max(1, answers)))
+        weight = np.float32(min(answer_weight, answer_limit * len(weights) / max(1, answers)))
         # Exactly 1 is what text weighs.
         weight = np.nextafter(weight, np.float32(0)) if weight == 1 else weight
         for start, stop, _ in self.answers:
@@ -230,8 +251,8 @@ def _with_asides(text: bytes, languages, rng: random.Random) -> tuple[bytes, lis
     An aside is whole sentences, and stands where words end if some do nearby, between characters in any case.
     """
     L, spans = len(text), []
-    for _ in range(rng.randint(0, MOST_ASIDES) if L // 2 >= SHORTEST else 0):
-        size = math.exp(rng.uniform(math.log(SHORTEST), math.log(L / 2)))
+    for _ in range(rng.randint(0, MOST_ASIDES) if L // 3 >= SHORTEST else 0):
+        size = math.exp(rng.uniform(math.log(SHORTEST), math.log(L / 3)))
         sentences, passage = LANGUAGES[rng.choice(languages)].asides.draw(rng), b""
         while len(passage) + len(sentence := b" " + next(sentences).encode()) <= size:
             passage += sentence
@@ -290,7 +311,7 @@ def _pairs(text: bytes, difficulty: float, rng: random.Random) -> Row:
     told = [_Piece(f"{a}={b};".encode(), fact=a) for a, b in known.items()]
     asked = [
         _Piece(f"?{a}=".encode(), known[a].encode(), b";", fact=a)
-        for _ in range(max(1, min(ROUNDS, L // MOST_ANSWERS // (count * size))))
+        for _ in range(max(1, min(ROUNDS, L // ASKED // (count * size))))
         for a in rng.sample(list(known), count)
     ]
     inserted = len(told) * size + len(asked) * (size + 1) + 2
@@ -324,6 +345,7 @@ class _Writer:
         self.task, self.L, self.parts, self.size = task, L, [], 0
         self.inserted: list[tuple[int, int]] = []
         self.answers: list[tuple[int, int, int]] = []
+        self.asides: list[tuple[int, int]] = []
         self._told: dict[object, int] = {}  # where the last statement of a fact ended
 
     def text(self, data: bytes) -> _Writer:
@@ -356,7 +378,7 @@ class _Writer:
             for start, stop in asides:
                 if start < end and read < stop:
                     at = self.size - read
-                    self.inserted.append((at + max(start, read), at + min(stop, end)))
+                    self.asides.append((at + max(start, read), at + min(stop, end)))
             self.text(text[read:end])
 
         for at, piece in sorted(events, key=lambda event: event[0]):
@@ -378,6 +400,7 @@ class _Writer:
             [(start, min(stop, L)) for start, stop in self.inserted if start < L],
             # A cut answer is one nevertheless: its first bytes are decided by what stands before them.
             [(start, min(stop, L), distance) for start, stop, distance in self.answers if start < L],
+            [(start, min(stop, L)) for start, stop in self.asides if start < L],
         )
 
 

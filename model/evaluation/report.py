@@ -25,7 +25,10 @@ def pick_device(name: str) -> torch.device:
     accepted = ["auto", "cpu", *(["cuda"] if cards else []), *(f"cuda:{i}" for i in range(cards))]
     if name not in accepted:
         raise ValueError(f"--device {name}: accepted here are {', '.join(accepted)}")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on the current one
+    return device
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -144,6 +144,8 @@ class _NormedSum(torch.autograd.Function):
         total, thought, halt, gate, weight, bias = ctx.saved_tensors
         of_total, of_dot, *of_normed = (None if x is None else x.contiguous() for x in (of_total, of_dot, *of_normed))
         of_normed = [grad for grad in of_normed if grad is not None]
+        if of_total is None and of_dot is None and not of_normed:
+            return (None,) * 8
         if of_dot is not None and not of_normed:
             of_normed = [torch.zeros_like(total)]
         rows, D, like = total[..., 0].numel(), total.shape[-1], torch.empty_like

@@ -4,9 +4,10 @@
 
 Notable: the products are PyTorch's, and half of the time; what is between them is passes over memory, of which this
 takes no more than it must. Weights are converted once. Squared ReLU replaces its input: the root of a rounded square,
-rounded, is the number that was squared (Boldo 2015), so that nothing is lost. Gradients of h are written by the product
-where the next one reads them, and one pass turns them into those of A x + b, replaces them, and adds up those of b.
-Gradients of float32 weights come out of the products in float32, not rounded to the products' type before.
+rounded, is the number that was squared (Boldo 2015), so that nothing is lost (but in float16, below 1e-3: such a square
+has few bits left). Gradients of h are written by the product where the next one reads them, and one pass turns them
+into those of A x + b, replaces them, and adds up those of b. Gradients of float32 weights come out of the products in
+float32, not rounded to the products' type before.
 """
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels.elementwise import split_backward, split_forward, split_signs, square_, squared_relu
 from model.kernels.hull import hull_backward, hull_forward, signed_hull
+from model.kernels.products import product
 from model.kernels.transforms import apply, batched
 
 try:
@@ -52,7 +54,7 @@ def petals(
     if impl == "auto":
         tensors = (x, up, bias, down, tau)
         # float64 is for references: the kernels work in float32. Without autocast types that differ are an error.
-        fits = x.is_cuda and x.numel() and down.numel() and not batched(*tensors)
+        fits = x.is_cuda and x.numel() > 1 and down.numel() and not batched(*tensors)
         fits = fits and all(t.dtype != torch.float64 and (autocast or t.dtype == dtype) for t in (x, up, bias))
         impl = "triton" if fits and triton is not None else "torch"
     if impl == "torch":
@@ -108,7 +110,7 @@ class _Petals(torch.autograd.Function):
             if wants_down:
                 parts = _by_petal(hidden, down).transpose(1, 2)  # [P, W, N]
                 of_down = _awake(down, awake, lambda a, b: split_backward(
-                    down[a:b].contiguous(), _product(parts[a:b], grad_o[a:b], down.dtype)))  # fmt: skip
+                    down[a:b].contiguous(), product(parts[a:b], grad_o[a:b], down.dtype)))  # fmt: skip
             if wants_x or wants_up or wants_bias:
                 of_hidden = torch.empty_like(hidden)
                 torch.bmm(grad_o, second.transpose(1, 2), out=_by_petal(of_hidden, down))
@@ -117,7 +119,7 @@ class _Petals(torch.autograd.Function):
                 if wants_bias:
                     of_bias = _awake(sums, awake, lambda a, b: sums[a:b]).to(bias_type)
                 if wants_up:
-                    of_up = _awake(first.view(P, W, -1), awake, lambda a, b: _product(
+                    of_up = _awake(first.view(P, W, -1), awake, lambda a, b: product(
                         of_hidden[:, a * W : b * W].t(), low, up_type).view(b - a, W, -1), up_type)  # fmt: skip
                 if wants_x:
                     of_x = torch.mm(of_hidden, first).to(x_type)
@@ -137,14 +139,6 @@ def _awake(like: Tensor, awake: list[tuple[int, int]], part, dtype: torch.dtype 
     for a, b in awake:
         out[a:b] = part(a, b)
     return out
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b of two or three dimensions in `dtype`, as it was added up where the device can write that."""
-    multiply = torch.mm if a.dim() == 2 else torch.bmm
-    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16):
-        return multiply(a, b, out_dtype=dtype)
-    return multiply(a, b).to(dtype)
 
 
 def _square_backward_(hidden: Tensor, grad: Tensor) -> Tensor:

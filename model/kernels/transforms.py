@@ -1,9 +1,10 @@
 """What lets `torch.func.vmap` run many models at once through operations of ours (model.sgm's populations)."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class _NoContext:
@@ -15,9 +16,25 @@ class _NoContext:
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply`, or its forward alone where no gradient is wanted: transforms see plain operations then."""
-    if torch.is_grad_enabled():
-        return function.apply(*arguments)
-    return function.forward(_NoContext(), *arguments)
+    with on_device_of(*arguments):
+        if torch.is_grad_enabled():
+            return function.apply(*arguments)
+        return function.forward(_NoContext(), *arguments)
+
+
+def on_device_of(*arguments: Any) -> AbstractContextManager:
+    """Makes the device of the first CUDA tensor the current one: Triton launches there, PyTorch where tensors are."""
+    for tensor in arguments:
+        if isinstance(tensor, Tensor) and tensor.is_cuda:
+            return nullcontext() if tensor.device.index == torch.cuda.current_device() else torch.cuda.device_of(tensor)
+    return nullcontext()
+
+
+def hooked(layer: nn.Module) -> bool:
+    """Whether somebody wants to see the layer called (model.sgm's directions, GENESIS's plugins), or it is not just an
+    nn.Linear: its weights alone are not what it does."""
+    hooks = "_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return type(layer) is not nn.Linear or any(getattr(layer, name) for name in hooks)
 
 
 def batched(*tensors: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Sliding-window attention in time and memory linear in the sequence, through PyTorch's fused attention."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -101,15 +102,23 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window: int, cached: int =
     return torch.cat([head, tail.reshape(B, -1, H, E)[:, : T - first]], 1)
 
 
-# Up to here a query sees two of flash attention's blocks of keys at most. The gradients of queries are added up by
-# whoever is first: of two addends that is the same to the bit, of three it is not.
-FLASH_WINDOW = 128
+# Up to here a query sees two of flash attention's blocks of keys at most (128 keys for heads of up to 96 channels on
+# every card). The gradients of queries are added up by whoever is first: of two addends that is the same to the bit, of
+# three it is not.
+FLASH_WINDOW, FLASH_WIDTH = 128, 96
 
 
 def _flash_has(q: Tensor, k: Tensor, v: Tensor, window: int) -> bool:
     """Whether flash attention's own window (Dao 2024) can be used: no mask, no blocks, a third of the time."""
     half = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.dtype == k.dtype == v.dtype
-    return half and window <= FLASH_WINDOW and varlen_attn is not None and not batched(q, k, v)
+    fits = window <= FLASH_WINDOW and q.shape[-1] % 8 == 0 and q.shape[-1] <= FLASH_WIDTH and len(q)
+    return bool(half and fits and _flash_runs(q.device) and not batched(q, k, v))
+
+
+@lru_cache
+def _flash_runs(device: torch.device) -> bool:
+    new_enough = varlen_attn is not None and torch.version.hip is None
+    return new_enough and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.kernels import hebbian
-from model.layers.norm import rms_norm
+from model.kernels.float32_linear import float32_linear, splits
+from model.layers.norm import NORM_EPS, rms_norm
 
 BEGIN = 256  # stands for "no byte yet" at the very start of a text
 
@@ -64,6 +65,8 @@ class ByteMemory(nn.Module):
 
     Short heads forget, within hundreds of bytes, and writing into them is free: what is worth little and only for a
     while, as most of what helps to predict a text, has a place of its own and is not bought with the space of facts.
+    In training they are silent where recall is asked for (`long_only`): they would answer near questions for nothing,
+    and the long heads, whose writing costs, would shut before there is anything far to recall.
 
     Keys are wider than values. Each write under the delta rule takes 1/K of what was written under an unlike key, so K
     says how many writes later a fact is still there; what was written has to be told from 256 bytes only, and M is of
@@ -104,6 +107,7 @@ class ByteMemory(nn.Module):
         previous: Tensor,
         state: ByteMemoryState | None = None,
         writes: list[Tensor] | None = None,
+        long_only: Tensor | None = None,
         impl: str = "auto",
     ) -> tuple[Tensor, ByteMemoryState]:
         """One read for every byte, and the writes that lie before it.
@@ -112,6 +116,7 @@ class ByteMemory(nn.Module):
             hidden: [B, L, head_dim], states that predict each byte, of any float type; L ≥ 1.
             previous: [B, L] the byte before each, BEGIN for none.
             writes: if given, the writing strengths β [B, heads, L] of those that do not forget are appended to it.
+            long_only: [B] bool, rows in which short heads say nothing; None in all but training.
 
         Returns:
             What is added to the logits [B, L, 256], and the state; float32, or float64 for a float64 model.
@@ -119,10 +124,9 @@ class ByteMemory(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             dtype = torch.promote_types(hidden.dtype, torch.float32)
             L, N = hidden.shape[1], self.span
-            h = rms_norm(hidden.to(dtype))
-            q, k = (self._heads(F.linear(h, linear.weight.to(dtype))) for linear in (self.queries, self.keys))
-            gates = F.linear(h, self.gates.weight.to(dtype), self.gates.bias.to(dtype)).transpose(1, 2)
-            write, read = gates.split(self.heads, 1)
+            q, k, gates = self._projections(hidden)
+            q, k = self._heads(q), self._heads(k)
+            write, read = gates.transpose(1, 2).split(self.heads, 1)
             beta = ((1 + 2 * self.STRETCH) * write.sigmoid() - self.STRETCH).clamp(0, 1)
             if writes is not None:
                 writes.append(beta[:, : self.long])
@@ -140,10 +144,14 @@ class ByteMemory(nn.Module):
             if self.rule == "hebbian":
                 written, beta = written * beta.unsqueeze(-1), None
             out, (M, z) = hebbian(q, written, v, log_decay, beta=beta, state=(state.M, state.z), impl=impl)
-            out = (out * (2 * read.sigmoid()).unsqueeze(-1)).transpose(1, 2).flatten(2)
+            strength = 2 * read.sigmoid()
+            if long_only is not None and self.heads > self.long:
+                short = torch.arange(self.heads, device=strength.device) >= self.long
+                strength = strength.masked_fill(long_only[:, None, None] & short[:, None], 0)
+            out = (out * strength.unsqueeze(-1)).transpose(1, 2).flatten(2)
             reads = torch.cat([state.reads, out], 1)
             spans = torch.cat([reads[:, N - 1 - j : N - 1 - j + L] for j in range(N)], -1)
-            logits = F.linear(spans, self.output.weight.to(dtype))
+            logits = float32_linear(spans, self.output.weight)
             return logits, ByteMemoryState(M, z, keys[:, :, L:], seen[:, L:], reads[:, L:])
 
     def _begin(self, k: Tensor, previous: Tensor) -> ByteMemoryState:
@@ -156,6 +164,23 @@ class ByteMemory(nn.Module):
             torch.full_like(previous[:, :1], BEGIN, dtype=torch.long).expand(B, N - 1),
             k.new_zeros(B, N - 1, H * E),
         )
+
+    def _projections(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [B, L, head_dim] → queries and keys [B, L, H · K], gates [B, L, 2 · H] of its norm."""
+        bias = self.gates.bias
+        if not splits(hidden, self.queries.weight):
+            h = rms_norm(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
+            projected = (float32_linear(h, linear.weight) for linear in (self.queries, self.keys))
+            return *projected, float32_linear(h, self.gates.weight, bias)
+        # The norm is one factor of a row: after the product, which tensor cores can take of a bfloat16 hidden as it is.
+        weights = [self.queries.weight, self.keys.weight, self.gates.weight]
+        rows = [len(weight) for weight in weights]
+        padding = bias.new_zeros(-sum(rows) % 8, hidden.shape[-1])
+        square = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=bias.dtype).square()
+        scale = (square / hidden.shape[-1] + NORM_EPS).rsqrt()
+        projected = float32_linear(hidden, torch.cat([*weights, padding])) * scale
+        q, k, gates, _ = projected.split([*rows, len(padding)], -1)
+        return q, k, gates + bias
 
     def _values(self, seen: Tensor, L: int, dtype: torch.dtype) -> Tensor:
         """Bytes [B, N − 1 + L] → what each span of N of them is written as, [B, L, H · E]."""

@@ -40,11 +40,12 @@ class ByteLatentEncoder(nn.Module):
         else:
             x = torch.cat([previous, x], 1).long()
         # The bytes are laid out as patches before they are embedded: an index is small, what it gathers is not. On a
-        # card the table is cast, not that, to what autocast makes of the projection's input; a CPU would add up its
-        # gradient in that type.
+        # card the table is cast, not that, to what autocast makes of the projection's input, where that is bfloat16:
+        # a CPU would add up its gradient in that type, and sums over all of a frequent byte are too large for float16.
         table = F.pad(self.embedding.weight, (0, 0, 0, 1))
-        if x.is_cuda and torch.is_autocast_enabled("cuda") and table.dtype == torch.float32:
-            table = table.to(torch.get_autocast_dtype("cuda"))
+        half = torch.get_autocast_dtype("cuda") if x.is_cuda and torch.is_autocast_enabled("cuda") else None
+        if half == torch.bfloat16 and table.dtype == torch.float32:
+            table = table.to(half)
         patches = F.embedding(x.unfold(1, self.patch_size + self.overlap, self.patch_size), table).flatten(2)
         latents = self.projection(patches)
         if self.columns:

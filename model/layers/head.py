@@ -1,9 +1,9 @@
 """LocalAutoregressiveHead: a GRU that writes the bytes of a patch from its latent, and a memory of what it has read."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.kernels.gru import gru_cell, gru_patch
 from model.layers.byte_memory import BEGIN, ByteMemory
 from model.layers.norm import rms_norm
 
@@ -56,7 +56,7 @@ class LocalAutoregressiveHead(nn.Module):
 
     def step(self, previous: Tensor, hidden: Tensor, conditioned: Tensor) -> Tensor:
         """Read one byte: previous [...] in 0…256, hidden [..., head_dim] → the next hidden."""
-        return self._cell(self.bytes(previous.long()) + conditioned, hidden)
+        return gru_cell(self.bytes(previous.long()) + conditioned, self.recurrent(hidden), hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., head_dim] → logits of the next byte [..., 256], float32 at least."""
@@ -66,28 +66,21 @@ class LocalAutoregressiveHead(nn.Module):
     def states(self, latents: Tensor, previous: Tensor) -> Tensor:
         """latents [B, T, D], previous [B, T, P] the byte before each byte → hidden [B, T, P, head_dim]."""
         hidden, conditioned = self.begin(latents)
-        # Cast the table, not what is gathered from it: that is the largest tensor of the model.
-        inputs = F.embedding(previous.long(), self.bytes.weight.to(conditioned.dtype)) + conditioned.unsqueeze(2)
-        states = []
-        for x in inputs.unbind(2):
-            hidden = self._cell(x, hidden)
-            states.append(hidden)
-        return torch.stack(states, 2)
+        return gru_patch(hidden, conditioned, self.bytes.weight, previous, self.recurrent)
 
-    def forward(self, latents: Tensor, previous: Tensor, writes: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        previous: Tensor,
+        writes: list[Tensor] | None = None,
+        long_only: Tensor | None = None,
+    ) -> Tensor:
         """Teacher-forced, from the start of a text: latents [B, T, D], previous [B, T, P] the byte before each byte →
-        logits [B, T, P, 256]. To `writes`, if given, the memory's writing strengths [B, H, T · P] are appended."""
+        logits [B, T, P, 256]. To `writes`, if given, the memory's writing strengths [B, H, T · P] are appended;
+        `long_only` [B] bool says in which rows its short heads are silent."""
         hidden = self.states(latents, previous)
         logits = self.logits(hidden)
         if self.memory is not None:
-            recalled, _ = self.memory(hidden.flatten(1, 2), previous.flatten(1), writes=writes)
+            recalled, _ = self.memory(hidden.flatten(1, 2), previous.flatten(1), writes=writes, long_only=long_only)
             logits = logits + recalled.view_as(logits)
         return logits
-
-    def _cell(self, inputs: Tensor, hidden: Tensor) -> Tensor:
-        reset_in, update_in, candidate_in = inputs.chunk(3, -1)
-        reset, update, candidate = self.recurrent(hidden).chunk(3, -1)
-        reset = (reset_in + reset).sigmoid()
-        update = (update_in + update).sigmoid()
-        candidate = torch.tanh(candidate_in + reset * candidate)
-        return torch.lerp(candidate, hidden.to(candidate.dtype), update)

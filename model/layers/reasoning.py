@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.kernels.norms import think
+from model.kernels.transforms import hooked
 from model.layers.feedforward import FeedForward
 from model.layers.norm import NORM_EPS, READ_EPS, rms_norm, rms_norm_heads
 
@@ -91,6 +92,8 @@ class RecurrentReasoningBlock(nn.Module):
         active = None
         for k in range(steps):
             halt, for_gate, *normed = begun
+            if hooked(self.halt):
+                halt = self.halt(normed[0])
             # All steps are computed, so that shapes stay as they are: where p_halt is 1 a step changes nothing.
             if skipped is not None:
                 halt = torch.where(k < steps - skipped, halt, math.inf)

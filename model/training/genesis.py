@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.agiformer import AGIFormer, weighted_mean
-from model.data.recall import is_text
+from model.data.recall import has_tasks, is_text
 from model.genesis.amplifier import amplify_, anchor_, flagged, position_mean
 from model.genesis.balance import GradNorm
 from model.genesis.learning_curve import LearningCurve, LearningCurveOptions
 from model.genesis.persistence import add_consolidation_gradient_, mobility
 from model.genesis.staged_replay import StagedReplay
 from model.genesis.surprise import RecurringSurprises, surprising
+from model.kernels.cross_entropy import byte_cross_entropy
 from model.layers.block import HybridBlock
 from model.layers.pyramid import Node
 from model.training.distributed import Workers
@@ -219,11 +220,13 @@ class Genesis:
         weights: Tensor | None = None,
         writes: list[Tensor] | None = None,
         halts: list[Tensor] | None = None,
+        long_only: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, L] → the main loss in nats per byte, and what is to be minimised: it and the weighted replay loss.
 
         With weights [B, L] the main loss is that of the text, and what is minimised counts each byte as they say.
-        `writes` and `halts` as in `AGIFormer.forward`, of all rows that are read.
+        `writes` and `halts` as in `AGIFormer.forward`, of all rows that are read; `long_only` [B] as there, of x: what
+        is rehearsed has no tasks.
         """
         model, stage = self.model, int(self.stage)
         rehearses = self.memory is not None and self.memory.past(stage) > 0
@@ -251,8 +254,10 @@ class Genesis:
         if self.options.watches:
             self._counts = self._positions_that_count(blocked)
         z, state = model.trunk(model.latents(x if joined is not None else rows), visit=visit)
-        logits = model.read_out(model.think(z, state, halts=halts), rows, writes)
-        each = F.cross_entropy(logits.flatten(0, 1), rows.flatten().long(), reduction="none").view(len(rows), -1)
+        if long_only is not None:
+            long_only = F.pad(long_only, (0, len(rows) - B))
+        logits = model.read_out(model.think(z, state, halts=halts), rows, writes, long_only)
+        each = byte_cross_entropy(logits, rows, "none")
         # One mean over all bytes, as in `model.loss`: a mean of means would round the gradients otherwise.
         loss = each[:B].mean() if weights is None else weighted_mean(each[:B], is_text(weights))
         self.loss.copy_(loss.detach())
@@ -261,8 +266,8 @@ class Genesis:
         self._row_losses = each.detach()
         if weights is not None:
             # What is not finite is not remembered: tasks are made anew in every stage, and would be rehearsed as text.
-            tasks = (is_text(weights) == 0).any(1)
-            self._row_losses = torch.cat([self._row_losses[:B].masked_fill(tasks, torch.inf), self._row_losses[B:]])
+            unfit = self._row_losses[:B].masked_fill(has_tasks(weights), torch.inf)
+            self._row_losses = torch.cat([unfit, self._row_losses[B:]])
         if not rehearses:
             return loss, main
         valid = valid.to(each.dtype)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.agiformer import AGIFormer, weighted_mean
-from model.data.recall import is_text
+from model.data.recall import has_tasks, is_text, is_told
+from model.kernels.cross_entropy import byte_cross_entropy
 from model.training.distributed import Workers
 from model.training.genesis import Genesis
 from model.training.optimizer import MuonAdamW
@@ -32,9 +33,10 @@ class TrainingStep:
         ponder_cost: what is minimised has this times the mean of 1 − p_halt over all thinking steps added (nats).
 
     Attributes:
-        write_price: what is minimised has this times the mean over bytes of Σ β (2 − β) added, β being the heads'
+        write_price: what is minimised has this times the mean over bytes of Σ β (2 − β) added, β being the long heads'
             writing strengths; a device scalar. A full write costs 1, and a small one twice its size: it pays to write
-            in full or not at all.
+            in full or not at all. What tasks tell and ask costs nothing (`is_told`): where they are rare, a price on
+            facts outweighs what these are good for, and the gate shuts for good.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class TrainingStep:
         self.device = model.start.device
         self.workers = workers or Workers()
         self.graph = graph and self.device.type == "cuda"
-        self.priced = priced and model.head.memory is not None
+        memory = model.head.memory
+        self.priced = priced and memory is not None
+        self._has_short_heads = memory is not None and memory.heads > memory.long
         self.ponder_cost = ponder_cost
         self.write_price = torch.zeros((), device=self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
@@ -73,7 +77,8 @@ class TrainingStep:
         """Train on batch [B, L] uint8 (pinned, if on the host).
 
         Args:
-            weights: [B, L] float32 ≥ 0, how much each byte counts; all alike when None.
+            weights: [B, L] float32 ≥ 0, how much each byte counts, as `model.data.recall.mix` makes them; all alike
+                when None.
 
         Returns:
             The loss in nats per byte, a device scalar: with weights, of the bytes of weight 1, which are text.
@@ -117,14 +122,16 @@ class TrainingStep:
     def _step(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         model, optimizer, scaler, genesis = self.model, self.optimizer, self.scaler, self.genesis
         writes, halts = [] if self.priced else None, [] if self.ponder_cost else None
+        long_only = has_tasks(weights) if self._has_short_heads and weights is not None else None
+        asked = writes, halts, long_only
         optimizer.zero_grad()
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             if genesis is not None:
-                loss, total = genesis.losses(x, weights, writes, halts)  # 1. main loss; 2. replay loss, balanced
+                loss, total = genesis.losses(x, weights, *asked)  # 1. main loss; 2. replay loss, balanced
             else:
-                loss, total = main_losses(model, x, weights, writes, halts)  # 1. main loss, answers counting more
+                loss, total = main_losses(model, x, weights, *asked)  # 1. main loss, answers counting more
         if writes:
-            total = total + self.write_price * (writes[0] * (2 - writes[0])).sum(1).mean()
+            total = total + self.write_price * write_cost(writes[0], weights)
         if halts:
             total = total + self.ponder_cost * (1 - torch.cat(halts, -1).float()).mean()
         scaler.scale(total).backward()  # 4. backward,
@@ -160,20 +167,34 @@ class TrainingStep:
             self.scaler.load_state_dict(saved)
 
 
+def write_cost(strengths: Tensor, weights: Tensor | None) -> Tensor:
+    """What writing with strengths [R, H, T] into the long heads costs, before the price; a scalar.
+
+    Weights [B, L], B ≤ R and L ≤ T, say what costs nothing because a task has told it; rows beyond them, which GENESIS
+    rehearses, are text, and so is what fills up the last patch.
+    """
+    cost = (strengths * (2 - strengths)).sum(1)
+    if weights is not None:
+        (R, T), (B, L) = cost.shape, weights.shape
+        cost = cost * F.pad(1 - is_told(weights), (0, T - L, 0, R - B), value=1.0)
+    return cost.mean()
+
+
 def main_losses(
     model: AGIFormer,
     x: Tensor,
     weights: Tensor | None,
     writes: list[Tensor] | None = None,
     halts: list[Tensor] | None = None,
+    long_only: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [B, L], weights [B, L] or None for all alike → the mean loss of its text, for the record, and the weighted one,
-    to be minimised. `writes` and `halts` as in `AGIFormer.forward`."""
+    to be minimised. `writes`, `halts` and `long_only` as in `AGIFormer.forward`."""
     if weights is None and writes is None and halts is None:
         loss = model.loss(x)
         return loss, loss
-    logits = model(x, writes=writes, halts=halts)
-    each = F.cross_entropy(logits.flatten(0, 1), x.flatten().long(), reduction="none").view(x.shape)
+    logits = model(x, writes=writes, halts=halts, long_only=long_only)
+    each = byte_cross_entropy(logits, x, "none")
     if weights is None:
         loss = each.mean()
         return loss, loss

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from model.agiformer import AGIFormer
 from model.config import AGIFormerConfig
 from model.data import CropSampler, Curriculum, open_store
-from model.data.recall import mix
+from model.data.recall import RecallOptions, mix
 from model.evaluation.bpc import bits_per_byte
 from model.evaluation.convexity import hull_radii
 from model.evaluation.plots import plot_curriculum
@@ -44,7 +44,7 @@ from model.training.options import TrainingOptions
 from model.training.schedule import learning_rate
 from model.training.step import TrainingStep
 
-DIFFICULT_FROM = 0.5  # share of the steps with recall tasks after which these are as hard as they get
+DIFFICULT_FROM = 0.4  # share of the steps with recall tasks after which these are as hard as they get
 LOG_EVERY = 10  # steps between readings of the loss: the only synchronisation along the way
 
 
@@ -325,9 +325,8 @@ class Trainer:
         self.model.set_plasticity(self.curriculum.stages[index].plasticity)
         if self.training_step.priced:
             # A memory that costs before it is of use, or where nothing asks for it, would never be written into.
-            # What it is weighed against is as rare as the tasks.
-            price = self.options.write_price * self._difficulty() * self.recall[index].share
-            self.training_step.write_price.fill_(price)
+            asked = self.recall[index].share > 0
+            self.training_step.write_price.fill_(self.options.write_price * self._difficulty() * asked)
         batch, weights = self._batch(index)
         if self.device.type == "cuda":
             batch, weights = (each if each is None else each.pin_memory() for each in (batch, weights))
@@ -343,7 +342,7 @@ class Trainer:
         return mix(batch, recall, difficulty=self._difficulty(), seed=seed, index=self.step, rank=rank)
 
     def _difficulty(self) -> float:
-        """Of the tasks of this step: it rises from 0 to 1 over the first half of all steps with tasks."""
+        """Of the tasks of this step: it rises from 0 to 1 over the first part, DIFFICULT_FROM, of all with tasks."""
         spans = zip([0, *self.boundaries], self.boundaries, self.recall)
         spans = [(start, end) for start, end, recall in spans if recall.share]
         done = sum(min(end, self.step) - start for start, end in spans if start < self.step)
@@ -607,8 +606,8 @@ class Trainer:
         for sampler, position in zip((*self.samplers, *self.slow_samplers), values["data"]):
             sampler.load_state_dict(position)
         self.step = values["step"]
-        run = self.metrics.data["run"]
-        self.metrics.data = values["metrics"] | {"run": run}
+        ours = {name: self.metrics.data[name] for name in ("run", "stages")}
+        self.metrics.data = values["metrics"] | ours
         self._bring_best(path.parent / BEST)
 
     def _bring_best(self, source: Path) -> None:
@@ -638,6 +637,13 @@ class Trainer:
         if [stage["name"] for stage in now["stages"]] != [stage["name"] for stage in saved["stages"]]:
             raise ValueError(f"--resume {path}: the curriculum {self.curriculum.name!r} has other stages than it had")
         for stage, before in zip(now["stages"], saved["stages"]):
+            recall = before.get("recall", {})
+            if self.training_step.priced and stage["recall"]["share"] and "answer_limit" not in recall:
+                raise ValueError(
+                    f"--resume {path}: write_price was times the share of tasks when this run began, and is that of a "
+                    "byte now; accepted is a run begun since then"
+                )
+            before = before | {"recall": RecallOptions(0.0).to_dict() | recall}
             if stage["source"] != before["source"]:
                 raise ValueError(f"--resume {path}: the data of stage {stage['name']!r} has changed since it was saved")
             if stage != before:

@@ -191,6 +191,25 @@ def test_a_halted_step_changes_nothing():
 
 
 @interpreter
+def test_a_reader_without_a_gradient():
+    """What reads a norm may have none to give: then its input has none."""
+
+    class Silent(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    for impl in ("torch", "triton"):
+        x = torch.randn(3, 8, requires_grad=True)
+        Silent.apply(rms_norm(x, EPS, impl)).backward()
+        assert x.grad is None
+
+
+@interpreter
 def test_kernels_are_once_differentiable():
     """A second derivative is an error, not a zero."""
     for name, (_, _, ours) in CASES.items():

@@ -209,3 +209,21 @@ def test_short_heads_forget_and_what_they_write_is_not_counted():
     _, after = memory(hidden, previous, state)
     assert torch.equal(after.M[:, :-1], state.M[:, :-1])
     torch.testing.assert_close(after.M[:, -1], state.M[:, -1] * (1 - 1 / 512) ** 60, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("short", [0, 1, 2])
+def test_short_heads_are_silent_in_the_rows_that_say_so(short):
+    """As if nothing were voted by what they read; what they write stays what it was."""
+    memory, (hidden, previous) = make(short=short), stream(60)
+    with_them, state = memory(hidden, previous)
+    found, after = memory(hidden, previous, long_only=torch.tensor([True, False]))
+    assert torch.equal(after.M, state.M)
+    votes = memory.output.weight.view(256, memory.span, HEADS, DIM)
+    votes[:, :, HEADS - short :] = 0
+    without, _ = memory(hidden, previous)
+    torch.testing.assert_close(found[0], without[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[1], with_them[1])
+    assert short == 0 or (with_them[0] - without[0]).abs().max() > 0.5
+    if short == 0:
+        assert torch.equal(found, with_them)

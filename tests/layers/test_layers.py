@@ -270,6 +270,20 @@ def reasoning_block(steps=3):
     return block
 
 
+def test_a_halting_layer_that_somebody_listens_to_is_called():
+    """model.sgm's directions and GENESIS's plugins read and change what a layer gives by hooks."""
+    torch.manual_seed(0)
+    block = RecurrentReasoningBlock(16, 24, 3)
+    torch.nn.init.normal_(block.mlp.down.weight)
+    z, called = torch.randn(2, 5, 16), []
+    expected = block(z)
+    hook = block.halt.register_forward_hook(lambda *seen: called.append(seen))
+    assert torch.equal(block(z), expected) and len(called) == 3
+    hook.remove()
+    with block.halt.register_forward_hook(lambda layer, given, found: found + 100):  # p_halt is 1: nothing changes
+        assert torch.equal(block(z), z)
+
+
 def test_reasoning_is_its_formula():
     block = reasoning_block()
     z = torch.randn(2, 5, 16, dtype=torch.float64)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.data.recall import TOLD, RecallOptions
 from model.training.optimizer import MuonAdamW
 from model.training.options import TrainingOptions
 from model.training.step import TrainingStep
@@ -30,7 +31,8 @@ plasticity = 1.0
 seq_len = 256
 recall = 0.5
 """
-WITH_MEMORY = [*RUN, "--set", "recall_heads=2", "--set", "recall_dim=8"]
+WITH_MEMORY = [*RUN, "--set", "recall_heads=2", "--set", "recall_dim=8", "--set", "recall_key_dim=16"]
+WITH_MEMORY += ["--eval-every", "7"]
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +44,27 @@ def curriculum(tmp_path_factory):
 
 
 @pytest.mark.parametrize("genesis", ["off", "on", "all"])
-def test_a_run_with_tasks_resumes_to_the_bit(curriculum, script, tmp_path, genesis):  # noqa: F811
+def test_a_run_with_tasks_resumes_to_the_bit(curriculum, script, tmp_path, genesis, capsys):  # noqa: F811
     arguments = [*WITH_MEMORY, "--curriculum", curriculum, "--steps", 20, "--genesis", genesis]
-    assert script(*arguments, "--out", tmp_path / "whole") == 0
+    assert script(*arguments, "--sample-bytes", 5, "--out", tmp_path / "whole", plot=genesis == "on") == 0
     assert script(*arguments, "--out", tmp_path / "parts", stop_at=13) == 0
-    assert script("--resume", "--out", tmp_path / "parts", "--quiet", "--sample-bytes", 20) == 0
+    if genesis == "off":  # when its price meant something else, it could not go on as it began
+        with pytest.MonkeyPatch.context() as patch:
+            check = runs.Trainer._check_same_run
+            patch.setattr(runs.Trainer, "_check_same_run", lambda self, path, saved: check(self, path, older(saved)))
+            assert script("--resume", "--out", tmp_path / "parts", "--quiet", "--sample-bytes", 0) == 2
+        assert "write_price was times the share of tasks when this run began" in capsys.readouterr().err
+    assert script("--resume", "--out", tmp_path / "parts", "--quiet", "--sample-bytes", 0) == 0
     assert identical(tmp_path / "whole", tmp_path / "parts")
     stages = metrics(tmp_path / "whole")["stages"]
     assert [stage["recall"]["share"] for stage in stages] == [0, 0.5]
+
+
+def older(saved: dict) -> dict:
+    """Metrics as they were before an answer's limit could be chosen."""
+    for stage in (saved := copy.deepcopy(saved))["stages"]:
+        del stage["recall"]["answer_limit"]
+    return saved
 
 
 def test_a_share_on_the_command_line_is_that_of_every_stage(curriculum, script, tmp_path, capsys):  # noqa: F811
@@ -57,13 +72,14 @@ def test_a_share_on_the_command_line_is_that_of_every_stage(curriculum, script, 
     with pytest.MonkeyPatch.context() as patch:
         step = runs.Trainer._difficulty
         patch.setattr(runs.Trainer, "_difficulty", lambda self: seen.append((self.step, step(self))) or seen[-1][1])
-        arguments = [*RUN, "--curriculum", curriculum, "--steps", 20, "--write-price", 0]
+        arguments = [*RUN, "--curriculum", curriculum, "--steps", 20, "--write-price", 0, "--eval-every", 20]
         assert script(*arguments, "--recall", 0.25, "--out", tmp_path / "all") == 0
         assert [stage["recall"]["share"] for stage in metrics(tmp_path / "all")["stages"]] == [0.25, 0.25]
-        assert seen == [(i, min(1.0, i / 10)) for i in range(20)]
+        assert seen == [(i, min(1.0, i / 8)) for i in range(20)]
         seen.clear()
         assert script(*arguments, "--out", tmp_path / "one") == 0
-        assert seen == [(8 + i, min(1.0, i / 6)) for i in range(12)]
+        assert [step for step, _ in seen] == list(range(8, 20))
+        assert [difficulty for _, difficulty in seen] == pytest.approx([min(1.0, i / 4.8) for i in range(12)])
         seen.clear()
         assert script(*arguments, "--recall", 0, "--out", tmp_path / "none") == 0
         assert not seen
@@ -73,9 +89,9 @@ def test_a_share_on_the_command_line_is_that_of_every_stage(curriculum, script, 
 
 
 def weights_of(batch: torch.Tensor) -> torch.Tensor:
-    """Of a batch whose second row is a task, and part of whose third is."""
+    """Of a batch whose second row is an aside with an answer, and part of whose third is told and asked."""
     weights = torch.ones(batch.shape)
-    weights[1], weights[1, 10:14], weights[2, 40:50] = 0, 8, 8
+    weights[1], weights[1, 10:14], weights[2, 40:50], weights[2, 20:40] = 0, 8, 8, TOLD
     return weights
 
 
@@ -113,9 +129,12 @@ def test_memory_takes_no_rows_with_tasks():
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("rehearses", [False, True])
 def test_the_price_is_that_of_the_writing_strengths(weighted, rehearses):
-    """Against the gradient of the strengths themselves, taken by autograd on a model of its own."""
-    (batch,) = noise(1)
-    weights = weights_of(batch) if weighted else None
+    """Against the gradient of the strengths themselves, taken by autograd on a model of its own. The last patch is not
+    whole; what is told and asked costs nothing."""
+    batch = next(noise(1))[:, :62]
+    weights, text = weights_of(batch) if weighted else None, torch.ones(4, 64)
+    if weighted:
+        text[1, 10:14] = text[2, 20:50] = 0
     gradients = {}
     for price in (0.0, 3.0):
         model = make_random_model()
@@ -127,8 +146,11 @@ def test_the_price_is_that_of_the_writing_strengths(weighted, rehearses):
         gate.register_hook(lambda gradient, price=price: gradients.update({price: gradient.clone()}))
         torch.manual_seed(0)  # of what is drawn to be rehearsed
         step.run(batch, weights)
-    before(torch.cat([batch, rows_drawn(step, 64)]) if rehearses else batch, writes=(writes := []))
-    (expected,) = torch.autograd.grad(3.0 * (1 - (1 - writes[0]) ** 2).sum(1).mean(), before.head.memory.gates.weight)
+    before(torch.cat([batch, rows_drawn(step, 62)]) if rehearses else batch, writes=(writes := []))
+    text = torch.cat([text, torch.ones(len(writes[0]) - 4, 64)])
+    assert len(text) > 4 if rehearses else len(text) == 4
+    cost = 3.0 * (text * (1 - (1 - writes[0]) ** 2).sum(1)).mean()
+    (expected,) = torch.autograd.grad(cost, before.head.memory.gates.weight)
     torch.testing.assert_close(gradients[3.0] - gradients[0.0], expected, rtol=1e-3, atol=1e-6)
     assert expected.abs().max() > 1e-3
 
@@ -139,10 +161,10 @@ def test_the_price_rises_with_the_difficulty(curriculum, script, tmp_path, capsy
         run = TrainingStep.run
         patch.setattr(TrainingStep, "run", lambda s, *rest: seen.append(s.write_price.item()) or run(s, *rest))
         arguments = [*WITH_MEMORY, "--curriculum", curriculum, "--steps", 20]
-        for options, price in ((["--recall", 0.25], 4.0), (["--recall", 0.5, "--write-price", 1], 0.5)):
+        for options, price in ((["--recall", 0.25], 4.0), (["--recall", 0.5, "--write-price", 1], 1.0)):
             seen.clear()
             assert script(*arguments, *options, "--out", tmp_path / f"at{price}") == 0
-            assert seen == pytest.approx([price * min(1.0, i / 10) for i in range(20)])
+            assert seen == pytest.approx([price * min(1.0, i / 8) for i in range(20)])
         seen.clear()
         assert script(*arguments, "--recall", 0, "--out", tmp_path / "no tasks") == 0
         assert seen == [0.0] * 20
@@ -154,10 +176,34 @@ def test_the_price_rises_with_the_difficulty(curriculum, script, tmp_path, capsy
         between = curriculum.parent / "between.toml"
         between.write_text(toml.replace("share = 0.4", "share = 0.2"), encoding="utf-8")
         assert script(*WITH_MEMORY, "--curriculum", between, "--steps", 20, "--out", tmp_path / "between") == 0
-        assert seen == pytest.approx([0.0] * 4 + [8 * min(1.0, i / 6) for i in range(12)] + [0.0] * 4)
-    assert not identical(tmp_path / "at4.0", tmp_path / "at0.5")
+        assert seen == pytest.approx([0.0] * 4 + [4 * min(1.0, i / 4.8) for i in range(12)] + [0.0] * 4)
+    assert not identical(tmp_path / "at4.0", tmp_path / "at1.0")
     assert script(*arguments, "--write-price", -1, "--out", tmp_path / "bad") == 2
     assert "write_price=-1.0: accepted is a number ≥ 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rehearses", [False, True])
+def test_short_heads_are_silent_in_rows_with_tasks(rehearses):
+    (batch,) = noise(1)
+    for short, weights in ((1, weights_of(batch)), (1, None), (0, weights_of(batch))):
+        model, seen = make_random_model(recall_short_heads=short), []
+        step = rehearsing(model, replay="recomputed") if rehearses else TrainingStep(model, MuonAdamW(model))
+        before = copy.deepcopy(model)
+        told = lambda module, inputs, named, seen=seen: seen.append(named["long_only"])  # noqa: E731
+        model.head.memory.register_forward_pre_hook(told, with_kwargs=True)
+        loss = step.run(batch, weights)
+        if short == 0 or weights is None:
+            assert seen == [None]
+            continue
+        (silent,) = seen
+        assert silent[:4].tolist() == [False, True, True, False]
+        assert (len(silent) > 4) == rehearses and not silent[4:].any()
+        expected, others = (
+            F.cross_entropy(before(batch, long_only=rows).transpose(1, 2), batch.long(), reduction="none")
+            for rows in (silent[:4], None)
+        )
+        assert loss.item() == pytest.approx(expected[weights == 1].mean().item(), rel=1e-5)
+        assert (expected - others)[2].abs().max() > 0.01 and torch.equal(expected[0], others[0])
 
 
 def test_a_price_makes_it_write_less():
@@ -218,7 +264,7 @@ def test_a_run_that_skips_and_reads_and_pays_resumes_to_the_bit(curriculum, scri
     arguments += ["--set", "thinking_skip=2", "--set", "thinking_reads=true"]
     assert script(*arguments, "--out", tmp_path / "whole") == 0
     assert script(*arguments, "--out", tmp_path / "parts", stop_at=7) == 0
-    assert script("--resume", "--out", tmp_path / "parts", "--quiet", "--sample-bytes", 20) == 0
+    assert script("--resume", "--out", tmp_path / "parts", "--quiet", "--sample-bytes", 0) == 0
     assert identical(tmp_path / "whole", tmp_path / "parts")
     assert script(*arguments, "--ponder-cost", "-0.1", "--out", tmp_path / "bad") == 2
     assert "ponder_cost=-0.1: accepted is a number ≥ 0" in capsys.readouterr().err
@@ -230,6 +276,8 @@ def test_a_run_saved_before_an_option_existed_goes_on_with_its_default(curriculu
     with pytest.MonkeyPatch.context() as patch:
         known = TrainingOptions.to_dict
         patch.setattr(TrainingOptions, "to_dict", lambda s: {k: v for k, v in known(s).items() if k not in new})
+        tasks = RecallOptions.to_dict
+        patch.setattr(RecallOptions, "to_dict", lambda s: {k: v for k, v in tasks(s).items() if k != "answer_limit"})
         assert script(*arguments, "--out", tmp_path / "old", stop_at=7) == 0
-    assert script("--resume", "--out", tmp_path / "old", "--quiet", "--sample-bytes", 20) == 0
+    assert script("--resume", "--out", tmp_path / "old", "--quiet", "--sample-bytes", 0) == 0
     assert identical(tmp_path / "whole", tmp_path / "old")

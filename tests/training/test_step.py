@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.data.recall import TOLD
 from model.training.optimizer import MuonAdamW
 from model.training.step import EAGER_STEPS, TrainingStep
 from tests.conftest import make_random_model
@@ -71,7 +72,7 @@ def test_a_poisoned_batch_changes_nothing(amp_dtype):
     assert step.optimizer.skipped.item() == 1
 
 
-def host_reads(step: TrainingStep) -> tuple[list[str], list[str]]:
+def host_reads(step: TrainingStep, weights: torch.Tensor | None = None) -> tuple[list[str], list[str]]:
     """(all operations of one step, those that read a value on the host: a local_scalar_dense, nonzero or the like)."""
     seen = []
 
@@ -82,15 +83,18 @@ def host_reads(step: TrainingStep) -> tuple[list[str], list[str]]:
 
     (batch,) = batches(1)
     with Spy():
-        step.run(batch)
+        step.run(batch, weights)
     forbidden = ("local_scalar", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
     return seen, [name for name in seen if any(word in name.split(".")[1] for word in forbidden)]
 
 
-def test_the_step_never_reads_a_tensor_on_the_host():
-    model = make_random_model()
-    seen, reads = host_reads(TrainingStep(model, MuonAdamW(model, lr=1e-3)))
-    assert any("mm" in name for name in seen)
+@pytest.mark.parametrize("tasks", [False, True])
+def test_the_step_never_reads_a_tensor_on_the_host(tasks):
+    """Nor with tasks, whose writing has a price, and short heads that are silent in them."""
+    model = make_random_model(recall_short_heads=int(tasks))
+    weights = torch.tensor([1.0, 1.0, 0.0, TOLD]).unsqueeze(1).repeat(1, 64) if tasks else None
+    seen, reads = host_reads(TrainingStep(model, MuonAdamW(model, lr=1e-3), priced=tasks), weights)
+    assert any("mm" in name for name in seen) and any("signbit" in name for name in seen) == tasks
     assert reads == []
 
 
@@ -111,17 +115,22 @@ def test_a_step_does_not_wait_for_the_device(amp_dtype):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16, torch.float16])
-def test_captured_and_eager_steps_agree(amp_dtype):
+@pytest.mark.parametrize(
+    ("amp_dtype", "tasks"), [(None, False), (torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)]
+)
+def test_captured_and_eager_steps_agree(amp_dtype, tasks):
     losses = []
     for graph in (False, True):
-        model = make_random_model().cuda()
-        step = TrainingStep(model, MuonAdamW(model, lr=1e-3), amp_dtype=amp_dtype, graph=graph)
+        model = make_random_model(recall_short_heads=int(tasks)).cuda()
+        step = TrainingStep(model, MuonAdamW(model, lr=1e-3), amp_dtype=amp_dtype, graph=graph, priced=tasks)
+        step.write_price.fill_(0.5)
         run = []
         for i, batch in enumerate(batches(EAGER_STEPS + 20)):
             step.optimizer.set_lr(1e-3 if i < 10 else 5e-4)
             model.set_plasticity(0.1 if i < 15 else 0.9)
-            run.append(step.run(batch.pin_memory()).clone())
+            weights = torch.ones(batch.shape)
+            weights[i % 4, 10:20], weights[i % 4, 30:34] = TOLD, 8.0  # in another row each time
+            run.append(step.run(batch.pin_memory(), weights.pin_memory() if tasks else None).clone())
         assert (step._captured is not None) == graph
         losses.append(torch.stack(run).cpu())
     torch.testing.assert_close(losses[0], losses[1], rtol=2e-3, atol=2e-3)
@@ -132,7 +141,7 @@ def test_weights_say_what_a_byte_counts():
     """Gradients are those of the weighted mean, the loss on record is that of the text, and weight 0 is unseen."""
     (batch,) = batches(1)
     generator = torch.Generator().manual_seed(3)
-    weights = torch.tensor([0.0, 1.0, 8.0])[torch.randint(0, 3, batch.shape, generator=generator)]
+    weights = torch.tensor([0.0, 1.0, 8.0, TOLD])[torch.randint(0, 4, batch.shape, generator=generator)]
     model, twin = make_random_model(), make_random_model()
     step = TrainingStep(model, MuonAdamW(model, lr=1e-3))
     step.optimizer.step = lambda *args: None  # gradients stay as they are
