@@ -33,19 +33,22 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import machine
 from benchmarks.machine import Report, Row
+from model import agiformer
 from model.agiformer import AGIFormer
 from model.cli import Parser, guarded, positive
 from model.config import AGIFormerConfig
 from model.data import load_curriculum, open_store
 from model.data.sources import SourceSpec
 from model.evaluation.report import text_table
-from model.kernels import triton_delta, triton_hebbian
+from model.kernels import packed_hebbian, triton_delta, triton_hebbian
 from model.layers import attention, byte_memory, memory
 from model.layers.block import HybridBlock
 from model.layers.encoder import ByteLatentEncoder
 from model.layers.head import LocalAutoregressiveHead
 from model.layers.hull import ConvexPetals, HullLayer
 from model.layers.reasoning import RecurrentReasoningBlock
+from model.training import genesis as genesis_losses
+from model.training import step as main_losses
 from model.training.optimizer import NEWTON_SCHULZ_STEPS, MuonAdamW
 from model.training.options import TrainingOptions
 from model.training.step import EAGER_STEPS
@@ -241,15 +244,17 @@ MODULES: dict[type[nn.Module], str] = {
 }
 FUNCTIONS = (
     (memory, "hebbian", OPERATOR),
+    (memory, "packed_hebbian", OPERATOR),
     (byte_memory, "hebbian", OPERATOR),
     (attention, "window_attention", ATTENTION),
-    (torch.nn.functional, "cross_entropy", LOSS),
+    *((module, "byte_cross_entropy", LOSS) for module in (agiformer, main_losses, genesis_losses)),
 )
 OPTIMIZER_METHODS = ("zero_grad", "clip", "step")
 GENESIS_METHODS = ("blocked", "_rehearsal", "_positions_that_count", "_watch", "_main_loss", "_balanced")
 GENESIS_METHODS += ("amplify", "pace", "remember", "note")
 
-OPERATOR_KERNELS = {name for module in (triton_hebbian, triton_delta) for name in dir(module) if "_kernel" in name}
+OPERATOR_MODULES = packed_hebbian, triton_hebbian, triton_delta
+OPERATOR_KERNELS = {name for module in OPERATOR_MODULES for name in dir(module) if "_kernel" in name}
 # Groups by what is in a kernel's name (or, on a CPU, an operator's); the first that fits.
 MATRICES, COPIES, ELEMENTWISE = "matrix products", "copies and fills", "hulls, norms, other elementwise"
 LOOK_UPS, OTHER = "look-ups", "other"

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import generate, machine, memory_op, scaling, train
 from model import AGIFormer, AGIFormerConfig
+from model.inference import write
 from model.inference.stream import ByteStream
 from model.layers import attention, byte_memory, memory
 from model.training.optimizer import MuonAdamW
@@ -279,6 +280,25 @@ def test_the_best_batch_is_the_fastest_a_byte_and_is_profiled(monkeypatch):
 def test_generate_is_the_whole_of_it(results):
     rows = [row for row in results["generate"][1]["rows"] if row["what"] == "generate"]
     assert [row["context"] for row in rows] == [64, 256] and all(len(row["seconds"]) == 3 for row in rows)
+
+
+def test_graphs_are_measured_on_a_card_only(monkeypatch, results):
+    assert {row["what"] for row in results["generate"][1]["rows"]} == {"stream", "generate"}
+    given = ["--quick", "--device", "cpu", "--what", "graphs", "--batch-size", 2, "--contexts", 16]
+    code, out, err = command("generate", *given)
+    assert code == 1 and "--what graphs: model on cpu: accepted is one on CUDA" in cells(out)[0]["told"]
+    # Here graphs do nothing.
+    monkeypatch.setattr(write, "captures", lambda device: True)
+    monkeypatch.setattr(write, "refusal", lambda model: None)
+    monkeypatch.setattr(write, "FusedWeights", lambda model: model)
+    monkeypatch.setattr(write.Writer, "draw", lambda writer, until: drawn.append(until))
+    monkeypatch.setattr(write, "FusedStream", lambda stream, weights: None)
+    drawn: list[int] = []
+    code, out, err = command("generate", *given, "--bytes", 100)
+    (row,) = cells(out)
+    assert code == 0, err
+    assert row["what"] == "graphs" and float(row["bytes/s"]) > 0
+    assert drawn == [t for n in range(4) for t in (100 * n + 64, 100 * n + 100)]
 
 
 # ── arithmetic ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,8 +4,9 @@ remember, how full their fast weights are, and the routers, petals and anchors a
 The text is read as one stream from its beginning, its state carried, in a few pieces; M is looked at after each.
 Layers, memories and nodes are named by their paths in the model: `blocks.0.left`, `columns.0.blocks.1.memory`.
 
-Notable: decays, writing strengths and M are taken at the call of the operator (`model.kernels.hebbian`), whose
-arguments are a contract. How a layer arrives at them is its own affair, and α is in them already.
+Notable: decays, writing strengths and M are taken at the call of the operator (`model.kernels.hebbian`, or
+`packed_hebbian` where a layer gives it a projection as it lies), whose arguments are a contract. How a layer arrives at
+them is its own affair, and α is among or in them already.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from model.evaluation.layer_report import (
 )
 from model.evaluation.report import check_count
 from model.inference.stream import ByteStream
+from model.kernels.packed_hebbian import log_decays
 from model.layers import byte_memory, memory
 from model.layers.block import HybridBlock
 from model.layers.pyramid import Node, learning_leaves
@@ -197,6 +199,8 @@ class _Recorder:
             for module in (memory, byte_memory):
                 undo.callback(setattr, module, "hebbian", module.hebbian)
                 module.hebbian = self._recorded(module.hebbian)
+            undo.callback(setattr, memory, "packed_hebbian", memory.packed_hebbian)
+            memory.packed_hebbian = self._recorded_packed(memory.packed_hebbian)
             yield self
 
     def _recorded(self, operator: Callable) -> Callable:
@@ -204,6 +208,16 @@ class _Recorder:
             out, state = operator(q, k, v, log_decay, beta=beta, **rest)
             if self._running:
                 self._running[-1].take(log_decay, beta, out, state[0])
+            return out, state
+
+        return recorded
+
+    def _recorded_packed(self, operator: Callable) -> Callable:
+        def recorded(heads, bias, plasticity, n_heads, **rest):
+            out, state = operator(heads, bias, plasticity, n_heads, **rest)
+            if self._running:
+                gates = heads[..., -n_heads:] + bias.to(heads.dtype)
+                self._running[-1].take(log_decays(gates, plasticity), None, out, state[0])
             return out, state
 
         return recorded

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.kernels import hebbian
+from model.kernels.float32_linear import float32_linear
+from model.kernels.packed_hebbian import log_decays, packed_hebbian, suits, unpacked
 
 SHORTEST, LONGEST = 4.0, 512.0  # patches: the heads' memory lengths 1 / (1 − λ) at initialisation
 
@@ -62,12 +64,11 @@ class HebbianMemory(nn.Module):
 
     def log_decay(self, x: Tensor, plasticity: Tensor) -> Tensor:
         """log λ_t = log α + log λ(x_t): x [B, T, D] → [B, H, T] ≤ 0; −inf at α = 0."""
-        gates = self._gates(x, slice(0, self.n_heads))
-        return plasticity.to(x.dtype).log() + F.logsigmoid(gates)
+        return log_decays(self._gates(x)[..., : self.n_heads], plasticity)
 
-    def _gates(self, x: Tensor, rows: slice) -> Tensor:
-        weight, bias = self.gates.weight[rows].to(x.dtype), self.gates.bias[rows].to(x.dtype)
-        return F.linear(x, weight, bias).transpose(1, 2)
+    def _gates(self, x: Tensor) -> Tensor:
+        """[B, T, D] → [B, T, rows of the gates]."""
+        return float32_linear(x, self.gates.weight, self.gates.bias)
 
     def forward(
         self, x: Tensor, plasticity: Tensor, state: MemoryState | None = None, impl: str = "auto"
@@ -75,16 +76,18 @@ class HebbianMemory(nn.Module):
         """x [B, T, D] of any float type, plasticity α a scalar tensor in [0, 1] → heads [B, T, D], state;
         both float32, or float64 for a float64 model."""
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            heads = F.linear(x, self.qkv.weight.to(x.dtype)).unflatten(-1, (3, self.n_heads, -1))
-            queries_keys, v = heads.permute(2, 0, 3, 1, 4).contiguous().split((2, 1))
-            v = v[0]  # [B, H, T, E]
-            log_decay = self.log_decay(x, plasticity)
-            beta = None
-            if self.rule == "delta":
-                beta = self._gates(x, slice(self.n_heads, None)).sigmoid()
-            q, k = self._features(queries_keys)
             carried = None if state is None else (state.M, state.z)
+            if impl == "auto" and self._packs(x, plasticity, carried):
+                heads = float32_linear(x, torch.cat([self.qkv.weight, self.gates.weight]))
+                out, (M, z) = packed_hebbian(heads, self.gates.bias, plasticity, self.n_heads, state=carried)
+                return out, MemoryState(M, z)
+            queries_keys, v = unpacked(float32_linear(x, self.qkv.weight), self.n_heads).split((2, 1))
+            v = v[0]  # [B, H, T, E]
+            gates = self._gates(x)
+            log_decay, beta = log_decays(gates[..., : self.n_heads], plasticity), None
+            if self.rule == "delta":
+                beta = gates[..., self.n_heads :].transpose(1, 2).sigmoid()
+            q, k = self._features(queries_keys)
             out, (M, z) = hebbian(q, k, v, log_decay, beta=beta, state=carried, impl=impl)
 
         def read(queries: Tensor) -> Tensor:
@@ -94,6 +97,12 @@ class HebbianMemory(nn.Module):
                 return hebbian(q, k, v, log_decay, beta=beta, state=carried, impl=impl)[0].transpose(1, 2).flatten(2)
 
         return out.transpose(1, 2).flatten(2), MemoryState(M, z, read if self.readable else None)
+
+    def _packs(self, x: Tensor, plasticity: Tensor, carried: tuple[Tensor, Tensor] | None) -> bool:
+        """Whether the operator reads the projection as it lies; who reads a state later needs its keys and values."""
+        weights = self.qkv.weight, self.gates.weight, self.gates.bias
+        fits = suits(x, self.n_heads, x.shape[-1] // self.n_heads, *weights, plasticity, *(carried or ()))
+        return fits and self.rule == "hebbian" and not self.readable
 
     def _features(self, heads: Tensor) -> Tensor:
         """Of queries or keys [..., E]."""

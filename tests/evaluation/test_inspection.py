@@ -4,7 +4,7 @@ import json
 import math
 import struct
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -141,6 +141,30 @@ def test_M_along_the_text_is_the_trunks_state(tiny_model, changes):
             if i == 4:
                 assert [head.norm for head in found.heads] == pytest.approx(M.flatten(1).norm(dim=1).tolist(), rel=1e-4)
                 assert [head.effective_rank for head in found.heads] == pytest.approx(effective.tolist(), rel=1e-3)
+
+
+def test_a_packed_projection_shows_the_same(tiny_model, monkeypatch):
+    """On a card the blocks' memories give the operator their projection as it lies."""
+    model = tiny_model()
+    expected = inspect_layers(model, TEXT, points=3).memories
+    calls, operator = [], memory.packed_hebbian
+    monkeypatch.setattr(memory, "suits", lambda *_: True)
+    monkeypatch.setattr(memory, "packed_hebbian", lambda *args, **rest: calls.append(args) or operator(*args, **rest))
+    found = inspect_layers(model, TEXT, points=3).memories
+    assert len(calls) >= 6 and memory.packed_hebbian(*calls[0])[0].isfinite().all()  # the hook is gone again
+    for one, other in zip(found, expected):
+        assert (one.name, one.rule, one.finite) == (other.name, other.rule, other.finite)
+        for head, like in zip(one.heads, other.heads):
+            assert_near(head, like)
+        for point, like in zip(one.points, other.points):
+            assert_near(point, like)
+
+
+def assert_near(one, other):
+    """Two records of numbers, tuples of them, and None."""
+    for field in fields(one):
+        x, y = getattr(one, field.name), getattr(other, field.name)
+        assert (x is None and y is None) or x == pytest.approx(y, rel=1e-3)
 
 
 @torch.no_grad()
