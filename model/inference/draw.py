@@ -26,6 +26,7 @@ from model.inference.stream import ByteStream
 from model.inference.text import unfinished
 
 LARGEST_SEED = 2**63 - 1
+NOT_FINITE = "the model's logits are not finite: its weights are damaged or it diverged"
 MODES = ("lower", "block")
 Reason = Literal["stop", "length", "gate"]
 CATEGORY, RULE = "classifier", "hidden-state"  # of patches that the classifier rejected, in the log
@@ -140,19 +141,22 @@ def draw_bytes(
         most: bytes of a row; without end when None. The last of them are fed to the streams, too.
 
     Yields:
-        The bytes [total], and last pieces of rows that ended before them: none here.
+        The bytes [total], −1 where no logit is finite, and last pieces of rows that ended before them: none here.
     """
     for _ in count() if most is None else range(most):
         # Rows of a finished stream keep their place in the batch, so that the others' random numbers stay theirs.
         logits = torch.zeros(total, 256, device=device)
         for part in streams:
             logits[part.index] = part.stream.logits()
+        # As `model.kernels.choose`: NaN counts as masked, and where nothing finite is left byte 0 is read.
+        logits = logits.masked_fill(logits.isnan(), -torch.inf)
         for constraint in constraints:
             logits = constraint.mask(logits)
-        chosen = draw(logits)
+        broken = logits.amax(-1).isinf()
+        chosen = draw(logits).masked_fill(broken, 0)
         for constraint in constraints:
             constraint.advance(chosen)
-        yield chosen, []
+        yield chosen.masked_fill(broken, -1), []
         streams = [part for part in streams if not all(row.finished for row in part.rows)]
         for part in streams:
             part.stream.feed(chosen[part.index].unsqueeze(1))
@@ -244,7 +248,7 @@ def give_out(
     rows: list[Row], steps: Iterator[tuple[Tensor, list[Piece]]], gate: ByteGate, log: GateLog | None
 ) -> Iterator[Piece]:
     """The pieces that the steps make certain, until they end or every row is finished; `log` is told what the gate took
-    away."""
+    away. Raises FloatingPointError at a byte < 0 of a row that goes on."""
     for chosen, ended in steps:
         yield from ended
         # The device is waited for once.
@@ -255,6 +259,8 @@ def give_out(
                 row = rows[removal.row]
                 log.add(removal, row.generated, row.before + bytes(row.held))
         for row, byte, must_not_end in zip(rows, *read[:2]):
+            if byte < 0 and not row.finished:
+                raise FloatingPointError(NOT_FINITE)
             if not row.finished and (piece := row.push(byte, not must_not_end)):
                 yield piece
         if all(row.finished for row in rows):

@@ -113,8 +113,12 @@ class FusedStream(StaticStream):
         if self.thinking_steps is None:
             self.thinking_steps = model.reasoning.steps
 
+        # The kernels read float32, whatever autocast or the default type made of the stream's state.
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
         def buffer(width: int) -> Tensor:
-            return torch.zeros(B, -(-width // ALIGNED) * ALIGNED, device=device)[:, :width]
+            return zeros(B, -(-width // ALIGNED) * ALIGNED)[:, :width]
 
         # The last bytes before the open patch, and the open patch.
         self._known = torch.zeros(B, overlap + P, dtype=torch.long, device=device)
@@ -122,24 +126,26 @@ class FusedStream(StaticStream):
         self._known[:, overlap : overlap + self.place] = self._open[:, : self.place]
         del self._open, self._tail, self._boundary
         half = c.d_model // c.n_heads // 2
-        self._phases = torch.zeros(half, device=device), torch.zeros(half, device=device)
+        self._phases = zeros(half), zeros(half)
         self._trunk = _rings(stream._trunk, c.window, device)
         *blocks, _ = weights.parts
-        self._latent = self._latent.contiguous()
-        self._heads, self._mixed = buffer(len(blocks[0]["read"])), torch.zeros(B, c.d_model, device=device)
+        self._latent = self._latent.float().contiguous()
+        self._heads, self._mixed = buffer(len(blocks[0]["read"])), zeros(B, c.d_model)
         self._units = buffer(max(len(block["up"]) for block in blocks))
         self._thought = buffer(c.reasoning_dim + c.d_model + 1)
         # One state of the GRU for each place: a kernel cannot write over what its other programs still read. The
         # product for the state that the next patch begins with has the last place, whose own is never asked for.
-        self._states = torch.zeros(P, B, C, device=device)
-        self._products = torch.zeros(P, B, 3 * C, device=device)
-        self._begun = torch.zeros(B, 4 * C, device=device)
+        self._states = zeros(P, B, C)
+        self._products = zeros(P, B, 3 * C)
+        self._begun = zeros(B, 4 * C)
         with torch.no_grad():
             self._states[self.place] = stream._hidden
             self._products[self.place] = model.head.recurrent(stream._hidden)
             self._begun[:, C:] = stream._conditioned
             self._conditioned = self._begun[:, C:]
-            self._logits = stream.logits().clone()
+            if self._recall is not None:
+                self._recalled = self._recalled.float()
+            self._logits = stream.logits().to(torch.float32, copy=True)
 
     @staticmethod
     def accepts(model: AGIFormer) -> bool:
@@ -226,7 +232,7 @@ def _rings(trunk: TrunkState, window: int, device: torch.device) -> TrunkState:
             ring = tensor.new_zeros(tensor.shape[0], tensor.shape[2], window, tensor.shape[3], dtype=torch.float32)
             ring[:, :, places] = tensor.transpose(1, 2).float()
             rings.append(ring)
-        M, z = block.memory.M.clone(), block.memory.z.clone()
+        M, z = (tensor.to(torch.float32, copy=True) for tensor in (block.memory.M, block.memory.z))
         blocks.append(BlockState(AttentionState(*rings), MemoryState(M.contiguous(), z.contiguous())))
     return TrunkState(blocks, torch.tensor(trunk.position, device=device))
 

@@ -22,6 +22,7 @@ from model.genesis.gate.classifier import HiddenStateGate
 from model.genesis.gate.guarded import GuardedStream
 from model.genesis.gate.policy import Policy, load_policy
 from model.inference.draw import (
+    NOT_FINITE,
     AheadStream,
     Piece,
     Row,
@@ -143,7 +144,7 @@ def _read_prompts(
             stream.feed(torch.frombuffer(joined, dtype=torch.uint8).view(-1, length))
         # Also waits for the device: when the call returns, the prompt is read.
         if not stream.logits().isfinite().all():
-            raise FloatingPointError("the model's logits are not finite: its weights are damaged or it diverged")
+            raise FloatingPointError(NOT_FINITE)
         index = torch.tensor([row.index for row in members], device=stream.device)
         streams.append(RowStream(stream, members, index))
     return streams

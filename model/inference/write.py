@@ -8,9 +8,11 @@ the same calls; rows that have ended go on unseen; what the gate took away is to
 the device until then. Logits differ by rounding, and so may a byte at a tie.
 """
 
+import gc
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,11 +20,11 @@ import torch
 from torch import Tensor
 
 from model.genesis.gate.byte_gate import ByteGate, GateLog, Removal
-from model.inference.draw import Piece, Row, RowStream, draw_bytes, give_out
+from model.inference.draw import NOT_FINITE, Piece, Row, RowStream, draw_bytes, give_out
 from model.inference.fused import FusedStream, FusedWeights, refusal
 from model.inference.sampling import MASS_ROUNDING, sample
 from model.inference.text import NEXT
-from model.kernels.choose import FLAGGED, MUST_NOT_END, Choice, Rules, Sampling, choose
+from model.kernels.choose import BROKEN, FLAGGED, MUST_NOT_END, Choice, Rules, Sampling, choose
 
 FIRST = 32  # bytes of a row that come through `draw_bytes`: few are not worth compiling kernels and copying weights
 MOST_ROWS = 256
@@ -54,6 +56,9 @@ def write(
         draws: how bytes are drawn.
         rows: of all streams.
         log: is told what the gate took away; in graphs the lines of different rows may come in another order.
+
+    Raises:
+        FloatingPointError: at a byte for which the model's logits are not finite.
     """
     model, total = streams[0].stream.model, len(rows)
     device, gate = model.start.device, constraints[-1]
@@ -62,9 +67,15 @@ def write(
     steps = draw_bytes(streams, constraints, draws, device, total, first if written else None)
     yield from give_out(rows, steps, gate, log)
     streams = [part for part in streams if not all(row.finished for row in part.rows)]
-    if streams:
-        with on(device):
-            writers = Writers(streams, constraints, draws, total, log)
+    if not streams:
+        return
+    writers = None
+    # Written in place for as long as the caller goes on, be it outside the inference mode in which it began.
+    with suppress(torch.OutOfMemoryError), on(device), torch.inference_mode(False), torch.no_grad():
+        writers = Writers(streams, constraints, draws, total, log)
+    if writers is None:  # there is no room for a copy of the weights
+        yield from give_out(rows, draw_bytes(streams, constraints, draws, device, total), gate, log)
+    else:
         yield from writers.run()
 
 
@@ -85,18 +96,41 @@ def captures(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+class _Captures(threading.local):
+    """Of a thread, for each stream that it replays on: the stream that it captures on, and its last graph."""
+
+    def __init__(self):
+        self.of: dict[torch.cuda.Stream, tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]] = {}
+
+
+_captures = _Captures()
+
+
 def captured(work: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of work that has run before: call it to replay it."""
+    """A CUDA graph of work that has run before, and that keeps none of its tensors: call it to replay it."""
     # Not torch.cuda.graph, which waits for the device and gives all cached memory back.
-    graph, side, here = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    side, last = _captures.of.get(here) or (torch.cuda.Stream(), None)
+    # One pool of memory for all graphs of a stream, which run one after another: each call would else reserve another.
+    # A pool lives as long as one of its graphs, so the last is kept.
+    pool = None if last is None else last.pool()
     side.wait_stream(here)
-    with torch.cuda.stream(side):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            work()
-        finally:
-            graph.capture_end()
+    begun, collects = False, gc.isenabled()
+    gc.disable()  # what is collected may be a graph, and destroying one breaks a capture
+    try:
+        with torch.cuda.stream(side):
+            try:
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                begun = True
+                work()
+            finally:
+                if begun:
+                    graph.capture_end()
+    finally:
+        if collects:
+            gc.enable()
     here.wait_stream(side)
+    _captures.of[here] = side, graph
     return graph.replay
 
 
@@ -128,7 +162,7 @@ class Writer:
         self.stream = FusedStream(part.stream, weights)
         self.steps = 0  # begun
         # A copy of `choice.out`. It is copied again while it is read, but what is read is the same in both.
-        self.found = torch.empty(choice.out.shape, dtype=torch.int16, pin_memory=choice.out.is_cuda)
+        self.found = torch.empty(choice.out.shape, dtype=torch.int16, device="cpu", pin_memory=choice.out.is_cuda)
         self._weights, self._rules, self._sampling = weights, rules, sampling
         self._patch_size = part.stream.model.config.patch_size
         self._patch: Callable[[], None] | None = None
@@ -240,15 +274,17 @@ class Writers:
         for writer in run.writers:
             slots = np.arange(run.first, run.last) % len(writer.found)
             codes = writer.found.numpy()[slots].T
-            data, may_end, flagged = codes.astype(np.uint8), codes & MUST_NOT_END == 0, codes & FLAGGED != 0
+            data, may_end, flagged = codes.astype(np.uint8), codes & MUST_NOT_END == 0, codes & (FLAGGED | BROKEN)
             for i, row in enumerate(writer.rows):
                 if row.finished:
                     continue
                 told = 0
-                for at in flagged[i].nonzero()[0]:  # none without a log
+                for at in flagged[i].nonzero()[0]:  # of sound logits none without a log
                     yield from _pushed(row, data[i, told:at], may_end[i, told:at])
                     if row.finished:
                         break
+                    if flagged[i, at] & BROKEN:
+                        raise FloatingPointError(NOT_FINITE)
                     for removal in self._removals(writer, slots[at], i):
                         self.log.add(removal, row.generated, row.before + bytes(row.held))
                     told = at

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.kernels.transforms import on_device_of
+
 try:
     import triton
     import triton.language as tl
@@ -139,10 +141,11 @@ def _run_triton(tables: AutomatonTables, x: Tensor, node: Tensor, registers: Ten
     F, C = tables.columns.shape
     hits = torch.empty(B, L, dtype=torch.bool, device=x.device)
     node, registers = node.clone(), registers.contiguous().clone()
-    _run[(B,)](
-        x.contiguous(), node, registers, hits, tables.next_node, tables.outcome, tables.sequences, tables.lengths,
-        tables.columns, tables.table, L, F, C, tables.sequences.shape[1], triton.next_power_of_2(F), num_warps=1,
-    )  # fmt: skip
+    with on_device_of(x):
+        _run[(B,)](
+            x.contiguous(), node, registers, hits, tables.next_node, tables.outcome, tables.sequences, tables.lengths,
+            tables.columns, tables.table, L, F, C, tables.sequences.shape[1], triton.next_power_of_2(F), num_warps=1,
+        )  # fmt: skip
     return hits, node, registers
 
 

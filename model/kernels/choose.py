@@ -9,6 +9,8 @@ Notable:
 - One program a row, a lane for each byte. Sampling is in float64, as there; the order of sums differs, so that bytes
   are equal but for a rounding of 1e-16.
 - Nothing is sorted: a byte's rank, and the mass before it, are counted against all 256 others.
+- A logit that is NaN counts as masked. Where the largest that is left is not finite, byte 0 is chosen and marked
+  BROKEN: no state leaves its table, and the host learns of it when it reads that byte.
 - What was chosen goes into a ring of slots, by a step number on the device: the host reads many steps at once, late.
 """
 
@@ -26,7 +28,7 @@ try:
 except ImportError:  # the eager path does everywhere
     triton = None
 
-MUST_NOT_END, FLAGGED = 1 << 8, 1 << 9  # of an entry of `Choice.out`, whose low 8 bits are the byte
+MUST_NOT_END, FLAGGED, BROKEN = 1 << 8, 1 << 9, 1 << 10  # of an entry of `Choice.out`; its low 8 bits are the byte
 OTHERS = 16  # bytes that every byte is ranked against at once
 
 
@@ -70,7 +72,8 @@ class Choice:
 
     step [B] int64: the number of the next; utf8 [B] int32; node [B] and registers [B, F] int32; stuck [B] bool: rows
     in which the gate blocks nothing, and that must not end. chosen [B] int64. out [N, B] int16: the byte, and
-    MUST_NOT_END after it, and FLAGGED where the gate took `least_mass` of the probability.
+    MUST_NOT_END after it, FLAGGED where the gate took `least_mass` of the probability, and BROKEN where there was none
+    to choose.
     order [B, 256] float32 and mass [B, 256] float64: what lanes of a program tell each other.
     seen [N, B, 256] float32, seen_node [N, B], seen_registers [N, B, F] int32: what the gate masked, and where; None
     for none, and nothing is flagged.
@@ -152,6 +155,7 @@ if triton is not None:
         step = tl.load(steps_at + row)
         slot = (step % SLOTS) * B + row
         x = tl.load(logits_at + row * 256 + lane)
+        x = tl.where(x == x, x, float("-inf"))
         if DRAW:
             number = (step % SLOTS) * TOTAL + tl.load(index_at + row)
             clock = tl.maximum(tl.load(clocks_at + number * 256 + lane), 2.2250738585072014e-308)
@@ -172,15 +176,20 @@ if triton is not None:
                 left |= tl.load(sets_at + can_become * W + w) & ~tl.reduce(words, 0, _either)
             blocked = (left == 0) & (stuck == 0)
             if SEEN:
-                share = tl.exp(x - tl.max(x, 0))
+                peak = tl.max(x, 0)
+                sound = tl.abs(peak) < float("inf")
+                share = tl.exp(tl.where(sound, x, 0.0) - tl.where(sound, peak, 0.0))
                 taken = tl.sum(tl.where(blocked, share, 0.0), 0) / tl.sum(share, 0)
-                flags += (taken >= least_mass).to(tl.int32) * 512
+                flags += (sound & (taken >= least_mass)).to(tl.int32) * 512
                 tl.store(seen_at + slot * 256 + lane, x)
                 tl.store(seen_nodes_at + slot, node)
                 tl.store(seen_registers_at + slot * F + f, register, f < F)
             x = tl.where(blocked, float("-inf"), x)
+        largest = tl.max(x, 0)
+        broken = tl.abs(largest) == float("inf")
+        x, largest = tl.where(broken, 0.0, x), tl.where(broken, 0.0, largest)
         if DRAW:
-            rate = tl.exp((x.to(tl.float64) - tl.max(x, 0).to(tl.float64)) / temperature)
+            rate = tl.exp((x.to(tl.float64) - largest.to(tl.float64)) / temperature)
             if RANKED:
                 order, masses = order_at + row * 256, mass_at + row * 256
                 tl.store(order + lane, x)
@@ -202,12 +211,13 @@ if triton is not None:
             byte = tl.argmax(rate / clock, 0)
         else:
             byte = tl.argmax(x, 0)
-        byte = byte.to(tl.int32)
+        byte = tl.where(broken, 0, byte.to(tl.int32))
+        flags += broken.to(tl.int32) * 1024
         tl.debug_barrier()  # what is written over below, all have read
         tl.store(chosen_at + row, byte.to(tl.int64))
         tl.store(steps_at + row, step + 1)
         if UTF8:
-            tl.store(utf8_states_at + row, tl.load(utf8_at + utf8 * 256 + byte))
+            tl.store(utf8_states_at + row, tl.maximum(tl.load(utf8_at + utf8 * 256 + byte), 0))
         if GATE:
             outcome = tl.load(outcome_at + node * 256 + byte)
             node = tl.load(next_node_at + node * 256 + byte)

@@ -165,6 +165,28 @@ def test_what_it_cannot_read():
     assert found.position == 8
 
 
+@interpreter_or_card
+@torch.no_grad()
+def test_its_buffers_are_float32_under_autocast_and_another_default_type():
+    model = make_random_model(n_layers=1, thinking_steps=1, window=4, n_heads=1).to(DEVICE)
+    x = random_bytes(1, 8).to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        stream = ByteStream(model).feed(x[:, :6])
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = FusedStream(stream)
+            made = [*tensors(found), found._heads, found._mixed, found._units, found._thought, found._conditioned]
+            assert {tensor.dtype for tensor in made if tensor.is_floating_point()} == {torch.float32}
+            assert {t.dtype for part in found._weights.parts for name, t in part.items() if name != "frequencies"} == {
+                torch.float32
+            }
+            found.read(x[:, 6])
+            found.read(x[:, 7])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found.logits().isfinite().all() and found.position == 8
+
+
 REFUSED = {
     "growth 'grow 0': accepted are added petals only": {"growth": ("petals 0 1", "grow 0")},
     "growth 'widen 48': accepted are added petals only": {"growth": ("widen 48",)},
@@ -211,6 +233,8 @@ def test_which_kernels_start_early(monkeypatch):
     early, late = {"EARLY": True, "launch_pdl": True}, {"EARLY": False}
     assert [decode.launch(Rows(n, "cuda:0")) for n in (1, 8, 9)] == [early, early, late]
     assert decode.launch(Rows(1, "cuda:1")) == decode.launch(Rows(1, "cpu")) == late
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert decode.launch(Rows(1, "cuda:0")) == late
     monkeypatch.setattr(decode, "EARLY", True)
     assert decode.launch(Rows(99, "cpu")) == early
 

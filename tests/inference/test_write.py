@@ -15,6 +15,7 @@ from model.inference.draw import Row
 from model.inference.fused import FusedStream
 from model.inference.generate import generate
 from model.inference.static import StaticStream
+from model.inference.stream import ByteStream
 from model.kernels import choose, decode
 from tests.conftest import make_random_model
 from tests.inference.test_fused import draw_vectors, random_small
@@ -198,6 +199,59 @@ def test_a_model_that_grows_meanwhile(graphs):
     model.add_petals(0)
     with pytest.raises(ValueError, match="has grown"):
         list(pieces)
+
+
+@interpreter_or_card
+def test_begun_in_inference_mode_and_continued_outside(model, graphs):
+    arguments = {"max_bytes": 29, "seed": 1, "any_bytes": True, "policy": Policy()}
+    expected = collect(generate(model, b"abcd", **arguments))
+    graphs.clear()
+    with torch.inference_mode():
+        pieces = generate(model, b"abcd", **arguments)
+        begun = []
+        while not graphs["replayed"] or len(begun) < 6:
+            begun.append(next(pieces))
+    inside = graphs["replayed"]
+    assert collect([*begun, *pieces]) == expected and graphs["replayed"] > inside
+
+
+@pytest.mark.parametrize("written", [True, False])
+@interpreter_or_card
+def test_logits_that_become_broken(model, graphs, monkeypatch, written):
+    """The bytes before them are given out, and a row that ends before them does not know."""
+    monkeypatch.setattr(write, "captures", lambda device: written)
+    arguments = {"seed": 1, "any_bytes": True, "policy": Policy(), "temperature": 0.5}
+    expected = collect(generate(model, b"abcd", max_bytes=9, **arguments))[0][0]
+    kind = StaticStream if written else ByteStream
+    logits = kind.logits
+
+    def broken(self):
+        return logits(self) * (torch.nan if self.position >= 4 + 9 else 1.0)
+
+    monkeypatch.setattr(kind, "logits", broken)
+    if written:
+        monkeypatch.setattr(write, "FusedStream", lambda stream, weights: StaticStream(stream))
+        monkeypatch.setattr(write, "captured", lambda work: work)  # what a graph replays knows no position
+    whole = []
+    with pytest.raises(FloatingPointError, match="the model's logits are not finite"):
+        for piece in generate(model, b"abcd", max_bytes=20, **arguments):
+            whole.append(piece.data)
+    assert b"".join(whole) == expected
+    assert collect(generate(model, b"abcd", max_bytes=9, **arguments))[0] == (expected, "length")
+
+
+@interpreter_or_card
+def test_without_memory_for_it_bytes_are_written_one_by_one(model, graphs, monkeypatch):
+    arguments = {"max_bytes": 17, "seed": 1, "batch": 2, "policy": POLICY}
+    expected = collect(generate(model, b"abcd", **arguments), 2)
+    assert graphs.total()
+    graphs.clear()
+
+    def full(model):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(write, "FusedWeights", full)
+    assert collect(generate(model, b"abcd", **arguments), 2) == expected and not graphs
 
 
 @pytest.mark.parametrize("seed", range(30))

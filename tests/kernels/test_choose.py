@@ -12,7 +12,7 @@ from model.genesis.gate.policy import Policy, Rule, load_policy
 from model.inference.sampling import MASS_ROUNDING, probabilities, sample
 from model.inference.text import NEXT, Utf8Constraint
 from model.kernels import choose as kernel
-from model.kernels.choose import FLAGGED, MUST_NOT_END, Choice, Rules, Sampling, choose
+from model.kernels.choose import BROKEN, FLAGGED, MUST_NOT_END, Choice, Rules, Sampling, choose
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -156,6 +156,22 @@ def test_the_least_rank_is_kept_and_ties_go_to_the_lower_byte():
     assert seen[0] == {200, 50, 0} and seen[1] == {0, 1, 2}
     expected = probabilities(logits, top_k=3)
     assert expected[0].nonzero().flatten().tolist() == [0, 50, 200]
+
+
+@pytest.mark.parametrize("settings", ["greedy", "hot", "both"])
+def test_logits_that_are_not_finite(settings):
+    """A NaN is a byte that is not drawn; where nothing is left, or all of it is infinite, byte 0 is, and marked."""
+    both = Both("phrases", True, SETTINGS[settings], seen=True)
+    both.clocks.fill_(1.0)
+    logits = torch.full((len(PROMPTS), 256), torch.nan)
+    logits[0, [ord("q"), ord("u")]] = torch.tensor([40.0, 0.0])
+    logits[2, ord("q")] = torch.inf
+    choose(logits.to(DEVICE), both.rules, both.sampling, both.choice)
+    codes = both.choice.out[0].cpu()
+    assert (codes & 255).tolist() == [ord("q"), 0, 0] and (codes & BROKEN != 0).tolist() == [False, True, True]
+    assert both.choice.chosen.tolist() == [ord("q"), 0, 0] and not (codes & FLAGGED).any()
+    # Byte 0 is not valid inside the second row's character.
+    assert both.utf8._states[1] > 0 and (both.choice.utf8 >= 0).all() and (both.choice.registers >= 0).all()
 
 
 def peaked(byte: int) -> torch.Tensor:

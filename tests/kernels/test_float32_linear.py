@@ -15,7 +15,8 @@ from model.kernels.float32_linear import float32_linear, parts, splits
 from model.layers import byte_memory
 from model.layers.byte_memory import ByteMemory
 
-FLOAT32, ONE_PART, TWO_PARTS = 3e-7, 2.0**-8 + 2.0**-17, 2.0**-17
+# One part is within 2⁻⁸ of a number, two within 2⁻¹⁷; a product of two numbers of one part each within 2⁻⁷.
+FLOAT32, ONE_PART, TWO_PARTS = 3e-7, 2.0**-7 + 2.0**-16, 2.0**-17
 SHAPES = [
     # leading dimensions of x, I, O: one row, odd numbers, as many gates as heads, rows in two dimensions, narrow, wide.
     ((1,), 24, 16),
