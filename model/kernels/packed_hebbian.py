@@ -44,10 +44,10 @@ CHANNELS = 16  # that the queries' products take at once: with all 64, numbers i
 WIDEST = 64  # E: two halves of 32 rows
 SHORTEST = 64  # steps from which "auto" takes the kernels; fewer come in many lengths, each to be compiled for
 PROGRAMS = 128  # heads of all rows, from which on walking over chunks one by one leaves no multiprocessor idle
-FORWARD = {'num_warps': 4, 'num_stages': 2}
-STATES_GRADIENT = {'num_warps': 4, 'num_stages': 1}
-QUERIES = {'num_warps': 4, 'num_stages': 1, 'maxnreg': 168}
-KEYS = {'num_warps': 4, 'num_stages': 1}
+FORWARD = {"num_warps": 4, "num_stages": 2}
+STATES_GRADIENT = {"num_warps": 4, "num_stages": 1}
+QUERIES = {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
+KEYS = {"num_warps": 4, "num_stages": 1}
 
 
 def packed_hebbian(
