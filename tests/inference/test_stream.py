@@ -116,8 +116,7 @@ def test_any_plasticity(tiny_model, alpha):
     torch.testing.assert_close(found[:, :-1], expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.1])
-@pytest.mark.parametrize(("patch_size", "overlap"), [(1, 0), (3, 2)])
+@pytest.mark.parametrize(("alpha", "patch_size", "overlap"), [(0.0, 1, 0), (0.1, 3, 2)])
 def test_delta_reads_that_find_nothing(alpha, patch_size, overlap):
     """Strong forgetting makes delta-rule reads nearly zero: their rounding must not be blown up to full size."""
     for seed in range(4):

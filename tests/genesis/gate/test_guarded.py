@@ -264,8 +264,9 @@ def test_rows_that_never_fire_say_what_they_would_without_it(writer_model, word_
     fired = fired_rows(log.path)
     assert 2 <= len(fired) <= ROWS - 2
     assert set() != {row for row in range(ROWS) if guarded[row] != alone[row]} <= fired
-    assert written(writer_model, gate, classifier_mode=mode, **arguments) == guarded
-    assert written(writer_model, gate, classifier_mode=mode, seed=2, **arguments) != guarded
+    if mode == "lower":  # where bytes are drawn again
+        assert written(writer_model, gate, classifier_mode=mode, **arguments) == guarded
+        assert written(writer_model, gate, classifier_mode=mode, seed=2, **arguments) != guarded
 
 
 @pytest.mark.parametrize("mode", ["lower", "block"])
