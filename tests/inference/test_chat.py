@@ -31,9 +31,7 @@ def classifier(model) -> HiddenStateGate:
     return HiddenStateGate(weight, torch.zeros(()), threshold=0.02, window=3.0)
 
 
-@pytest.mark.parametrize(
-    ("guard", "any_bytes"), [(None, False), (None, True), ("lower", False), ("block", True)]
-)
+@pytest.mark.parametrize(("guard", "any_bytes"), [(None, False), (None, True), ("lower", False), ("block", True)])
 def test_each_reply_is_that_of_the_whole_transcript(tiny_model, guard, any_bytes):
     """Drawn by generate(), which reads everything said so far anew: in one stream nothing is lost and nothing added."""
     model, stops = tiny_model(), (b"e", b"o", b"r")
