@@ -96,7 +96,7 @@ VARIANTS = {
     "bytes-span1": Variant(BYTES | {"recall_span": 1}),
     "bytes-2": Variant(BYTES | {"recall_heads": 2}),
     "bytes-square": Variant(BYTES | {"recall_heads": 4, "recall_key_dim": 64}),
-    "bytes-short": Variant(BYTES | {"recall_short_heads": 1}),
+    "bytes-text": Variant(BYTES | {"recall_text_heads": 1}),
     "bytes-free": Variant(BYTES, priced=False),
     "blocks": Variant(NO_BYTES),
     "blocks-delta": Variant(NO_BYTES | {"memory_rule": "delta"}),

@@ -113,7 +113,7 @@ class AGIFormer(nn.Module):
         halt_threshold: float | None = None,
         writes: list[Tensor] | None = None,
         halts: list[Tensor] | None = None,
-        long_only: Tensor | None = None,
+        told: Tensor | None = None,
     ) -> Tensor:
         """Logits aligned with their input: `logits[:, t]` predicts `x[:, t]` from `x[:, :t]`.
 
@@ -121,7 +121,7 @@ class AGIFormer(nn.Module):
             x: [B, L] bytes as any integer type, L ≥ 1.
             thinking_steps: K for this call; the configured number when None.
             halt_threshold: see RecurrentReasoningBlock; None in training.
-            writes, long_only: see `read_out`.
+            writes, told: see `read_out`.
             halts: see `think`.
 
         Returns:
@@ -130,7 +130,7 @@ class AGIFormer(nn.Module):
         self._check_bytes(x)
         z, state = self.trunk(self.latents(x))
         z = self.think(z, state, steps=thinking_steps, halt_threshold=halt_threshold, halts=halts)
-        return self.read_out(z, x, writes, long_only)
+        return self.read_out(z, x, writes, told)
 
     def latents(self, x: Tensor) -> Tensor:
         """What enters the trunk: x [B, L] → [B, ceil(L / P), width]. Position i has read the patches before patch i."""
@@ -143,15 +143,15 @@ class AGIFormer(nn.Module):
             latents = torch.cat([latents.to(rest.dtype), rest], 1)
         return latents
 
-    def read_out(
-        self, z: Tensor, x: Tensor, writes: list[Tensor] | None = None, long_only: Tensor | None = None
-    ) -> Tensor:
+    def read_out(self, z: Tensor, x: Tensor, writes: list[Tensor] | None = None, told: Tensor | None = None) -> Tensor:
         """Logits [B, L, 256] of x [B, L] by the latents z [B, ceil(L / P), width] that predict its patches.
 
-        To `writes`, if given, the byte memory's writing strengths [B, H, P · ceil(L / P)] are appended. `long_only`
-        [B] bool says in which rows its short heads are silent: in training, in those with recall tasks.
+        To `writes`, if given, the byte memory's writing strengths [B, H, P · ceil(L / P)] are appended. `told`
+        [B, L] bool marks bytes of which its text heads write nothing down: in training, what recall tasks have put in.
         """
-        return self.head(z, self.previous_bytes(x), writes, long_only).flatten(1, 2)[:, : x.shape[1]]
+        if told is not None:
+            told = F.pad(told, (0, -x.shape[1] % self.config.patch_size))
+        return self.head(z, self.previous_bytes(x), writes, told).flatten(1, 2)[:, : x.shape[1]]
 
     def loss(self, x: Tensor, *, thinking_steps: int | None = None) -> Tensor:
         """Mean cross-entropy of x [B, L] in nats per byte, a scalar; BPC is this over ln 2."""
@@ -379,10 +379,10 @@ def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 def byte_memory(config: AGIFormerConfig) -> ByteMemory | None:
     """The memory of a model's head, as its config has it."""
     c = config
-    if not c.recall_heads + c.recall_short_heads:
+    if not c.recall_heads + c.recall_text_heads:
         return None
     shape = c.recall_dim, c.recall_key_dim, c.recall_rule, c.recall_span
-    return ByteMemory(c.head_dim, c.recall_heads, *shape, c.recall_short_heads)
+    return ByteMemory(c.head_dim, c.recall_heads, *shape, c.recall_text_heads)
 
 
 @torch.no_grad()

@@ -38,8 +38,8 @@ class AGIFormerConfig:
     thinking_reads: bool = False  # whether every step reads the last block's fast weights with a fresh query
     reasoning_dim: int = 2048  # hidden units of the reasoning block's MLP
     head_dim: int = 512  # width of the GRU that writes the bytes of a patch
-    recall_heads: int = 0  # heads of the byte head's own fast weights; 0 is none
-    recall_short_heads: int = 0  # more of them, which forget
+    recall_heads: int = 0  # heads of the byte head's own fast weights, for facts; 0 is none
+    recall_text_heads: int = 0  # more of them, for text: writing into them costs nothing
     recall_dim: int = 64  # width of what such a head writes
     recall_key_dim: int = 256  # width of the keys that it writes at
     recall_span: int = 4  # bytes that such a head writes at once
@@ -113,6 +113,8 @@ class AGIFormerConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "AGIFormerConfig":
         """The inverse of `to_dict`; an unknown field is an error that names it."""
+        # Checkpoints of before there were text heads say that they have none of the heads that these have replaced.
+        values = {name: value for name, value in values.items() if (name, value) != ("recall_short_heads", 0)}
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"config field {unknown[0]!r}: accepted are {', '.join(sorted(known))}")
@@ -135,7 +137,7 @@ _INTEGER_RANGES = (
     ("reasoning_dim", 1, 131072),
     ("head_dim", 8, 16384),
     ("recall_heads", 0, 256),
-    ("recall_short_heads", 0, 256),
+    ("recall_text_heads", 0, 256),
     ("recall_dim", 1, 1024),
     ("recall_key_dim", 1, 1024),
     ("recall_span", 1, 64),

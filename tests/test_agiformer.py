@@ -259,6 +259,10 @@ def test_settings_from_the_command_line():
         AGIFormerConfig.preset("tiny")
     with pytest.raises(ValueError, match="config field 'heads'"):
         AGIFormerConfig.from_dict({"heads": 3})
+    # Heads that there are no more: a checkpoint that has none of them loads, one that has some does not.
+    assert AGIFormerConfig.from_dict({"recall_short_heads": 0}) == AGIFormerConfig()
+    with pytest.raises(ValueError, match="config field 'recall_short_heads'"):
+        AGIFormerConfig.from_dict({"recall_short_heads": 1})
 
 
 @torch.no_grad()

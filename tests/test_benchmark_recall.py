@@ -166,7 +166,7 @@ def test_state_and_parameters_in_use_leave_a_silenced_memory_out(store):
         ("bytes-span1", (1, 256, 64, 1, "delta"), "hebbian"),
         ("bytes-2", (2, 256, 64, 4, "delta"), "hebbian"),
         ("bytes-square", (4, 64, 64, 4, "delta"), "hebbian"),
-        ("bytes-short", (2, 256, 64, 4, "delta"), "hebbian"),
+        ("bytes-text", (2, 256, 64, 4, "delta"), "hebbian"),
         ("bytes-free", (1, 256, 64, 4, "delta"), "hebbian"),
         ("blocks", None, "hebbian"),
         ("blocks-delta", None, "delta"),
@@ -179,7 +179,7 @@ def test_variants_have_the_memory_that_they_are_called_by(name, memory, rule):
     found = model.head.memory
     widths = found and [x // found.heads for x in (found.queries.out_features, found.values.embedding_dim)]
     assert (found and (found.heads, *widths, found.span, found.rule)) == memory
-    assert not found or found.heads - found.long == (name == "bytes-short")
+    assert not found or found.heads - found.facts == (name == "bytes-text")
     assert [block.memory.rule for block in model.blocks] == [rule]
     assert float(model.plasticity) == 1
 

@@ -4,7 +4,6 @@ The blocks' fast weights see patches, and a text repeats itself at any byte: wha
 back at another. Here every byte's context is the state of the byte head before it, wherever in its patch it stands.
 """
 
-import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -57,16 +56,16 @@ class ByteMemory(nn.Module):
     a context recalls its like before anything has been learned. A span is written at once, so that a fact takes one
     key and not one for each of its bytes, and its later bytes follow from the question and not from each other.
 
-    In most heads nothing decays: what is there stays until something else is written over it, and plasticity, which
-    shortens the blocks' memories, does not reach this one. So all depends on writing little. β reaches exactly 0 and 1,
+    Nothing decays: what is there stays until something else is written over it, and plasticity, which shortens the
+    blocks' memories, does not reach this one. So all depends on writing little. β reaches exactly 0 and 1,
     and is steep where it does (a stretched sigmoid, as in Louizos et al. 2018): what is not written cannot wear off
     what was, over any distance. A price on β in training (`TrainingStep.write_price`) makes it choose.
     Where β is 0 it has no gradient: a gate that has shut everywhere stays shut.
 
-    Short heads forget, within hundreds of bytes, and writing into them is free: what is worth little and only for a
-    while, as most of what helps to predict a text, has a place of its own and is not bought with the space of facts.
-    In training they are silent where recall is asked for (`long_only`): they would answer near questions for nothing,
-    and the long heads, whose writing costs, would shut before there is anything far to recall.
+    Text heads write for nothing: what helps to predict the text at hand has a place of its own, and is not bought with
+    the space of facts. In training nothing that a task tells or asks is written into them (`told`): they would answer
+    near questions, and the heads for facts, whose writing costs, would shut before there is anything far to recall.
+    They are read there as elsewhere, so that they learn to be silent where a fact is asked for.
 
     Keys are wider than values. Each write under the delta rule takes 1/K of what was written under an unlike key, so K
     says how many writes later a fact is still there; what was written has to be told from 256 bytes only, and M is of
@@ -77,16 +76,15 @@ class ByteMemory(nn.Module):
         heads, dim, key_dim: H, E (of values) and K (of keys).
         rule: "delta" or "hebbian", as in `HebbianMemory`.
         span: N.
-        short: more heads, which forget and whose writing is free.
+        text: more heads, whose writing is free.
     """
 
-    SHORT = 512  # 1 / (1 − λ) of the short heads, in bytes
     STRETCH = 0.25  # β = clip((1 + 2 s) sigmoid − s, 0, 1)
 
-    def __init__(self, head_dim: int, heads: int, dim: int, key_dim: int, rule: str, span: int, short: int = 0):
+    def __init__(self, head_dim: int, heads: int, dim: int, key_dim: int, rule: str, span: int, text: int = 0):
         super().__init__()
-        self.heads, self.long, self.rule, self.span = heads + short, heads, rule, span
-        heads += short
+        self.heads, self.facts, self.rule, self.span = heads + text, heads, rule, span
+        heads += text
         self.queries = nn.Linear(head_dim, heads * key_dim, bias=False)
         self.keys = nn.Linear(head_dim, heads * key_dim, bias=False)
         self.values = nn.Embedding(257 * span, heads * dim)  # place j of a span: from row 257 j on; BEGIN has a row
@@ -107,7 +105,7 @@ class ByteMemory(nn.Module):
         previous: Tensor,
         state: ByteMemoryState | None = None,
         writes: list[Tensor] | None = None,
-        long_only: Tensor | None = None,
+        told: Tensor | None = None,
         impl: str = "auto",
     ) -> tuple[Tensor, ByteMemoryState]:
         """One read for every byte, and the writes that lie before it.
@@ -115,8 +113,8 @@ class ByteMemory(nn.Module):
         Args:
             hidden: [B, L, head_dim], states that predict each byte, of any float type; L ≥ 1.
             previous: [B, L] the byte before each, BEGIN for none.
-            writes: if given, the writing strengths β [B, heads, L] of those that do not forget are appended to it.
-            long_only: [B] bool, rows in which short heads say nothing; None in all but training.
+            writes: if given, the writing strengths β [B, heads, L] of the heads for facts are appended to it.
+            told: [B, L] bool, bytes of which text heads write nothing down; None in all but training.
 
         Returns:
             What is added to the logits [B, L, 256], and the state; float32, or float64 for a float64 model.
@@ -129,7 +127,10 @@ class ByteMemory(nn.Module):
             write, read = gates.transpose(1, 2).split(self.heads, 1)
             beta = ((1 + 2 * self.STRETCH) * write.sigmoid() - self.STRETCH).clamp(0, 1)
             if writes is not None:
-                writes.append(beta[:, : self.long])
+                writes.append(beta[:, : self.facts])
+            if told is not None and self.heads > self.facts:
+                of_text = torch.arange(self.heads, device=beta.device) >= self.facts
+                beta = beta.masked_fill(self._spans_with(told)[:, None] & of_text[:, None], 0)
             if self.rule == "delta":
                 q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             else:
@@ -140,19 +141,18 @@ class ByteMemory(nn.Module):
             # What is written at a byte is the context before the span that ends with the byte before it.
             written, v = keys[:, :, :L], self._heads(self._values(seen, L, dtype))
             log_decay = torch.zeros_like(beta)
-            log_decay[:, self.long :] = math.log1p(-1 / self.SHORT)
             if self.rule == "hebbian":
                 written, beta = written * beta.unsqueeze(-1), None
             out, (M, z) = hebbian(q, written, v, log_decay, beta=beta, state=(state.M, state.z), impl=impl)
-            strength = 2 * read.sigmoid()
-            if long_only is not None and self.heads > self.long:
-                short = torch.arange(self.heads, device=strength.device) >= self.long
-                strength = strength.masked_fill(long_only[:, None, None] & short[:, None], 0)
-            out = (out * strength.unsqueeze(-1)).transpose(1, 2).flatten(2)
+            out = (out * (2 * read.sigmoid()).unsqueeze(-1)).transpose(1, 2).flatten(2)
             reads = torch.cat([state.reads, out], 1)
             spans = torch.cat([reads[:, N - 1 - j : N - 1 - j + L] for j in range(N)], -1)
             logits = float32_linear(spans, self.output.weight)
             return logits, ByteMemoryState(M, z, keys[:, :, L:], seen[:, L:], reads[:, L:])
+
+    def _spans_with(self, marked: Tensor) -> Tensor:
+        """[B, L] bool: whether one of the N bytes before each is marked, which are what is written there."""
+        return F.max_pool1d(F.pad(marked[:, :-1].float(), (self.span, 0)), self.span, 1) > 0
 
     def _begin(self, k: Tensor, previous: Tensor) -> ByteMemoryState:
         """The state before a text whose keys are k [B, H, L, K]: nothing has been read or written."""

@@ -73,14 +73,14 @@ class LocalAutoregressiveHead(nn.Module):
         latents: Tensor,
         previous: Tensor,
         writes: list[Tensor] | None = None,
-        long_only: Tensor | None = None,
+        told: Tensor | None = None,
     ) -> Tensor:
         """Teacher-forced, from the start of a text: latents [B, T, D], previous [B, T, P] the byte before each byte →
         logits [B, T, P, 256]. To `writes`, if given, the memory's writing strengths [B, H, T · P] are appended;
-        `long_only` [B] bool says in which rows its short heads are silent."""
+        `told` [B, T · P] bool marks bytes of which its text heads write nothing down."""
         hidden = self.states(latents, previous)
         logits = self.logits(hidden)
         if self.memory is not None:
-            recalled, _ = self.memory(hidden.flatten(1, 2), previous.flatten(1), writes=writes, long_only=long_only)
+            recalled, _ = self.memory(hidden.flatten(1, 2), previous.flatten(1), writes=writes, told=told)
             logits = logits + recalled.view_as(logits)
         return logits

@@ -220,13 +220,13 @@ class Genesis:
         weights: Tensor | None = None,
         writes: list[Tensor] | None = None,
         halts: list[Tensor] | None = None,
-        long_only: Tensor | None = None,
+        told: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, L] → the main loss in nats per byte, and what is to be minimised: it and the weighted replay loss.
 
         With weights [B, L] the main loss is that of the text, and what is minimised counts each byte as they say.
-        `writes` and `halts` as in `AGIFormer.forward`, of all rows that are read; `long_only` [B] as there, of x: what
-        is rehearsed has no tasks.
+        `writes` and `halts` as in `AGIFormer.forward`, of all rows that are read; `told` [B, L] as there, of x:
+        what is rehearsed has no tasks.
         """
         model, stage = self.model, int(self.stage)
         rehearses = self.memory is not None and self.memory.past(stage) > 0
@@ -254,9 +254,9 @@ class Genesis:
         if self.options.watches:
             self._counts = self._positions_that_count(blocked)
         z, state = model.trunk(model.latents(x if joined is not None else rows), visit=visit)
-        if long_only is not None:
-            long_only = F.pad(long_only, (0, len(rows) - B))
-        logits = model.read_out(model.think(z, state, halts=halts), rows, writes, long_only)
+        if told is not None:
+            told = F.pad(told, (0, 0, 0, len(rows) - B))
+        logits = model.read_out(model.think(z, state, halts=halts), rows, writes, told)
         each = byte_cross_entropy(logits, rows, "none")
         # One mean over all bytes, as in `model.loss`: a mean of means would round the gradients otherwise.
         loss = each[:B].mean() if weights is None else weighted_mean(each[:B], is_text(weights))

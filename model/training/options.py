@@ -67,7 +67,7 @@ class TrainingOptions:
     grow_by: str = "petals"  # of "auto": what, "petals" or "blocks"
     grow_left: str = "frozen"  # whether the tree that was there goes on learning: "frozen" or "thawed"
     recall: float | None = None  # share of rows that get recall tasks, in all stages; the curriculum's own when None
-    write_price: float = 4.0  # nats a byte that writing everything into a long head costs, times the tasks' difficulty
+    write_price: float = 4.0  # nats a byte for writing all of it into a head for facts, times the tasks' difficulty
     ponder_cost: float = 0.0  # nats, times the mean of 1 − p_halt over all thinking steps
     genesis: str = "on"  # what "auto" means below: "off", "on" (what has earned its place) or "all"
     replay: str = "auto"  # rehearse earlier stages: "off", "recomputed" (from bytes) or "stored" (latents)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.agiformer import AGIFormer, weighted_mean
-from model.data.recall import has_tasks, is_text, is_told
+from model.data.recall import is_text, is_told
 from model.kernels.cross_entropy import byte_cross_entropy
 from model.training.distributed import Workers
 from model.training.genesis import Genesis
@@ -33,7 +33,7 @@ class TrainingStep:
         ponder_cost: what is minimised has this times the mean of 1 − p_halt over all thinking steps added (nats).
 
     Attributes:
-        write_price: what is minimised has this times the mean over bytes of Σ β (2 − β) added, β being the long heads'
+        write_price: what is minimised has this times the mean over bytes of Σ β (2 − β) added, β being the fact heads'
             writing strengths; a device scalar. A full write costs 1, and a small one twice its size: it pays to write
             in full or not at all. What tasks tell and ask costs nothing (`is_told`): where they are rare, a price on
             facts outweighs what these are good for, and the gate shuts for good.
@@ -62,7 +62,7 @@ class TrainingStep:
         self.graph = graph and self.device.type == "cuda"
         memory = model.head.memory
         self.priced = priced and memory is not None
-        self._has_short_heads = memory is not None and memory.heads > memory.long
+        self._has_text_heads = memory is not None and memory.heads > memory.facts
         self.ponder_cost = ponder_cost
         self.write_price = torch.zeros((), device=self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
@@ -122,8 +122,8 @@ class TrainingStep:
     def _step(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         model, optimizer, scaler, genesis = self.model, self.optimizer, self.scaler, self.genesis
         writes, halts = [] if self.priced else None, [] if self.ponder_cost else None
-        long_only = has_tasks(weights) if self._has_short_heads and weights is not None else None
-        asked = writes, halts, long_only
+        told = is_told(weights) > 0 if self._has_text_heads and weights is not None else None
+        asked = writes, halts, told
         optimizer.zero_grad()
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             if genesis is not None:
@@ -168,7 +168,7 @@ class TrainingStep:
 
 
 def write_cost(strengths: Tensor, weights: Tensor | None) -> Tensor:
-    """What writing with strengths [R, H, T] into the long heads costs, before the price; a scalar.
+    """What writing with strengths [R, H, T] into the heads for facts costs, before the price; a scalar.
 
     Weights [B, L], B ≤ R and L ≤ T, say what costs nothing because a task has told it; rows beyond them, which GENESIS
     rehearses, are text, and so is what fills up the last patch.
@@ -186,14 +186,14 @@ def main_losses(
     weights: Tensor | None,
     writes: list[Tensor] | None = None,
     halts: list[Tensor] | None = None,
-    long_only: Tensor | None = None,
+    told: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x [B, L], weights [B, L] or None for all alike → the mean loss of its text, for the record, and the weighted one,
-    to be minimised. `writes`, `halts` and `long_only` as in `AGIFormer.forward`."""
+    to be minimised. `writes`, `halts` and `told` as in `AGIFormer.forward`."""
     if weights is None and writes is None and halts is None:
         loss = model.loss(x)
         return loss, loss
-    logits = model(x, writes=writes, halts=halts, long_only=long_only)
+    logits = model(x, writes=writes, halts=halts, told=told)
     each = byte_cross_entropy(logits, x, "none")
     if weights is None:
         loss = each.mean()

@@ -183,27 +183,29 @@ def test_the_price_rises_with_the_difficulty(curriculum, script, tmp_path, capsy
 
 
 @pytest.mark.parametrize("rehearses", [False, True])
-def test_short_heads_are_silent_in_rows_with_tasks(rehearses):
-    (batch,) = noise(1)
-    for short, weights in ((1, weights_of(batch)), (1, None), (0, weights_of(batch))):
-        model, seen = make_random_model(recall_short_heads=short), []
+def test_text_heads_are_not_told_what_tasks_tell(rehearses):
+    """Statements, questions and answers; asides and what is rehearsed are text to them."""
+    batch = next(noise(1))[:, :62]  # the last patch is not whole
+    for text, weights in ((1, weights_of(batch)), (1, None), (0, weights_of(batch))):
+        model, seen = make_random_model(recall_text_heads=text), []
         step = rehearsing(model, replay="recomputed") if rehearses else TrainingStep(model, MuonAdamW(model))
         before = copy.deepcopy(model)
-        told = lambda module, inputs, named, seen=seen: seen.append(named["long_only"])  # noqa: E731
-        model.head.memory.register_forward_pre_hook(told, with_kwargs=True)
+        note = lambda module, inputs, named, seen=seen: seen.append(named["told"])  # noqa: E731
+        model.head.memory.register_forward_pre_hook(note, with_kwargs=True)
         loss = step.run(batch, weights)
-        if short == 0 or weights is None:
+        if text == 0 or weights is None:
             assert seen == [None]
             continue
-        (silent,) = seen
-        assert silent[:4].tolist() == [False, True, True, False]
-        assert (len(silent) > 4) == rehearses and not silent[4:].any()
-        expected, others = (
-            F.cross_entropy(before(batch, long_only=rows).transpose(1, 2), batch.long(), reduction="none")
-            for rows in (silent[:4], None)
+        (told,) = seen
+        expected = torch.zeros(told.shape, dtype=torch.bool)
+        expected[1, 10:14] = expected[2, 20:50] = True
+        assert torch.equal(told, expected) and told.shape[1] == 64 and (len(told) > 4) == rehearses
+        with_them, without = (
+            F.cross_entropy(before(batch, told=marked).transpose(1, 2), batch.long(), reduction="none")
+            for marked in (told[:4, :62], None)
         )
-        assert loss.item() == pytest.approx(expected[weights == 1].mean().item(), rel=1e-5)
-        assert (expected - others)[2].abs().max() > 0.01 and torch.equal(expected[0], others[0])
+        assert loss.item() == pytest.approx(with_them[weights == 1].mean().item(), rel=1e-5)
+        assert (with_them - without)[2].abs().max() > 0.01 and torch.equal(with_them[0], without[0])
 
 
 def test_a_price_makes_it_write_less():
