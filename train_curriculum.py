@@ -24,7 +24,8 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--preset", help="nano, small, base or large (default: small on CUDA, else nano)")
     what.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of the model")
     what.add_argument(
-        "--curriculum", help="pydoc, english, turkish, local, a .toml file, your own file or folder (default: pydoc)"
+        "--curriculum",
+        help="pydoc, english, turkish, local, recall, a .toml file, your own file or folder (default: pydoc)",
     )
     what.add_argument(
         "--locks", metavar="FOLDER", help="go on with the model of python -m model.sgm; what it has locked stays"

@@ -20,6 +20,8 @@ _FOLDER = Path(__file__).parent / "curricula"
 BUILTIN_CURRICULA = tuple(sorted(path.stem for path in _FOLDER.glob("*.toml")))
 LOCAL_STAGES = ("dictionary", "stories", "encyclopedia")
 LOCAL_FOLDER = "corpora"
+_WANTED = ", ".join(f"{stage}.*" for stage in LOCAL_STAGES)
+OF_FOLDER = ("local", "recall")  # built-in curricula of LOCAL_STAGES in LOCAL_FOLDER
 
 
 @dataclass(frozen=True)
@@ -130,16 +132,15 @@ def load_curriculum(name_or_path: str | os.PathLike) -> Curriculum:
     """A built-in name, a .toml file, a folder, or any other file.
 
     A folder means its curriculum.toml if it has one; else the `local` curriculum where it holds dictionary.*, stories.*
-    and encyclopedia.*; else one stage of everything in it. The name `local` is the folder ./corpora. Any other file is
-    one stage. Raises DataError, one line, for anything else.
+    and encyclopedia.*; else one stage of everything in it. The name `local` is the folder ./corpora, and `recall` is
+    the same with recall tasks. Any other file is one stage. Raises DataError, one line, for anything else.
     """
     text = os.fspath(name_or_path)
     path = Path(text).expanduser()
-    if text == "local":
+    if text in OF_FOLDER:
         if not Path(LOCAL_FOLDER).is_dir():
-            wanted = ", ".join(f"{stage}.*" for stage in LOCAL_STAGES)
-            raise DataError(f"curriculum local: there is no folder ./{LOCAL_FOLDER}; it is to hold {wanted}")
-        return _from_folder(Path(LOCAL_FOLDER))
+            raise DataError(f"curriculum {text}: there is no folder ./{LOCAL_FOLDER}; it is to hold {_WANTED}")
+        return _from_folder(Path(LOCAL_FOLDER), text)
     if text in BUILTIN_CURRICULA:
         return _from_toml(_FOLDER / f"{text}.toml", _FOLDER)
     if path.is_dir():
@@ -150,16 +151,20 @@ def load_curriculum(name_or_path: str | os.PathLike) -> Curriculum:
     raise DataError(f"curriculum {text!r}: accepted is one of {names}, a .toml file, or a file or folder of text")
 
 
-def _from_folder(folder: Path) -> Curriculum:
-    if (folder / "curriculum.toml").is_file():
+def _from_folder(folder: Path, name: str = "local") -> Curriculum:
+    """The folder's own curriculum, or the one of this name, whose stages are its texts, or all of them as one stage.
+    Only the second, if the name is not `local`."""
+    if name == "local" and (folder / "curriculum.toml").is_file():
         return _from_toml(folder / "curriculum.toml", folder)
     found = {stage: sorted(glob.glob(f"{glob.escape(str(folder))}/{stage}.*")) for stage in LOCAL_STAGES}
     if not all(found.values()):
+        if name != "local":
+            raise DataError(f"curriculum {name}: folder {folder}: accepted is one that holds {_WANTED}")
         return _single(folder)
     for stage, matches in found.items():
         if len(matches) > 1:
             raise DataError(f"folder {folder}: {len(matches)} files for {stage} ({', '.join(matches)}): keep one")
-    return _from_toml(_FOLDER / "local.toml", folder)
+    return _from_toml(_FOLDER / f"{name}.toml", folder)
 
 
 def _single(path: Path) -> Curriculum:

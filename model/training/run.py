@@ -189,6 +189,10 @@ def _announce(trainer: Trainer, resume: Path | None) -> None:
     if locked := trainer.training_step.optimizer.locked():
         count = sum(int(mask.sum()) for mask in locked.values())
         print(f"  {count} weights locked by {options.locks}")
+    if any(recall.share for recall in trainer.recall) and not model.config.recall_heads:
+        print(
+            "  recall tasks, but no memory of bytes that could learn them: --set recall_heads=1 --set recall_text_heads=1"
+        )
     if resume:
         print(f"  resumed from {resume} at step {trainer.step}")
     sys.stdout.flush()

@@ -21,23 +21,41 @@ def read(curriculum):
     return [b"".join(iter_documents(stage.source)).decode() for stage in curriculum.stages]
 
 
-@pytest.mark.parametrize("name", ["pydoc", "english", "turkish", "local"])
+@pytest.mark.parametrize("name", ["pydoc", "english", "turkish", "local", "recall"])
 def test_built_in_curricula(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     corpora(tmp_path / "corpora")
     curriculum = load_curriculum(name)
-    assert curriculum.name == name and name in BUILTIN_CURRICULA and len(BUILTIN_CURRICULA) == 4
+    assert curriculum.name == name and name in BUILTIN_CURRICULA and len(BUILTIN_CURRICULA) == 5
     assert [stage.share for stage in curriculum.stages] == [0.15, 0.25, 0.60]
     assert [stage.plasticity for stage in curriculum.stages] == [0.1, 0.5, 0.99]
     assert curriculum.boundaries(1000) == [150, 400, 1000]
+    # Where recall is learned there are more tasks than where it is only kept.
+    shares = [stage.recall.share for stage in curriculum.stages]
+    assert shares[0] == shares[1] > shares[2] > 0 if name == "recall" else shares == [0, 0, 0]
     described = curriculum.describe()
     assert all(stage.name in described and stage.source.label in described for stage in curriculum.stages)
 
 
-def test_local_without_corpora(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["local", "recall"])
+def test_local_without_corpora(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"local.*\./corpora.*dictionary\.\*"):
-        load_curriculum("local")
+    with pytest.raises(DataError, match=name + r".*\./corpora.*dictionary\.\*"):
+        load_curriculum(name)
+    (tmp_path / "corpora").mkdir()
+    (tmp_path / "corpora" / "stories.md").write_text("one of three")
+    if name == "local":
+        assert read(load_curriculum(name)) == ["one of three"]
+    else:
+        with pytest.raises(DataError, match=r"recall: folder corpora: accepted is one that holds dictionary\.\*, stor"):
+            load_curriculum(name)
+    # A curriculum of the folder's own is `local`.
+    (tmp_path / "corpora" / "curriculum.toml").write_text(
+        '[[stages]]\nname = "all"\nsource = "stories.md"\nshare = 1.0\nplasticity = 0.5\n'
+    )
+    assert load_curriculum("local").stages[0].name == "all"
+    corpora(tmp_path / "corpora")
+    assert load_curriculum(name).stages[-1].name == ("all" if name == "local" else "encyclopedia")
 
 
 def test_folder_of_three_files(tmp_path):
@@ -123,7 +141,7 @@ def test_toml_without_stages(tmp_path):
 
 
 def test_unknown_name_says_what_is_accepted():
-    with pytest.raises(DataError, match=r"'nope'.*english, local, pydoc, turkish.*\.toml"):
+    with pytest.raises(DataError, match=r"'nope'.*english, local, pydoc, recall, turkish.*\.toml"):
         load_curriculum("nope")
 
 
