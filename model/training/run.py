@@ -191,7 +191,7 @@ def _announce(trainer: Trainer, resume: Path | None) -> None:
         print(f"  {count} weights locked by {options.locks}")
     if any(recall.share for recall in trainer.recall) and not model.config.recall_heads:
         print(
-            "  recall tasks, but no memory of bytes that could learn them: --set recall_heads=1 --set recall_text_heads=1"
+            "  recall tasks, but no memory of bytes to learn them with: --set recall_heads=1 --set recall_text_heads=1"
         )
     if resume:
         print(f"  resumed from {resume} at step {trainer.step}")

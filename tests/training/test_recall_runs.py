@@ -158,8 +158,8 @@ def test_the_price_is_that_of_the_writing_strengths(weighted, rehearses):
 def test_tasks_without_a_memory_for_them_are_told(curriculum, script, tmp_path, capsys):  # noqa: F811
     for memory in (0, 1):
         settings = [*WITH_MEMORY, "--set", f"recall_heads={memory}", "--set", "recall_text_heads=1"]
-        assert script(*settings, "--curriculum", curriculum, "--steps", 1, "--out", tmp_path / str(memory)) == 0
-        assert ("no memory of bytes that could learn them" in capsys.readouterr().out) == (memory == 0)
+        assert script(*settings, "--curriculum", curriculum, "--steps", 2, "--out", tmp_path / str(memory)) == 0
+        assert ("no memory of bytes to learn them with" in capsys.readouterr().out) == (memory == 0)
 
 
 def test_the_price_rises_with_the_difficulty(curriculum, script, tmp_path, capsys):  # noqa: F811
