@@ -191,12 +191,17 @@ class Stopwatch:
         return [began.elapsed_time(ended) / 1000 for began, ended in self.marks]
 
 
+def tasks_of(arguments: argparse.Namespace) -> RecallOptions:
+    """The tasks of a run that is about recall and not about its text: answers may weigh as much as a row of it."""
+    return RecallOptions(arguments.share, answer_limit=1.0)
+
+
 def train(
     name: str, model: AGIFormer, arguments: argparse.Namespace, store: ByteStore, device: torch.device
 ) -> dict[str, Any]:
     """Train a model in place → what it cost."""
     variant, steps = VARIANTS[name], arguments.steps
-    tasks = RecallOptions(arguments.share)
+    tasks = tasks_of(arguments)
     sampler = CropSampler(store, arguments.seq_len, arguments.batch_size, arguments.seed)
     price = TrainingOptions.write_price if variant.priced else 0.0
     step = TrainingStep(
@@ -413,7 +418,7 @@ def check(names: list[str], arguments: argparse.Namespace) -> None:
         raise ValueError(f"--seq-len {arguments.seq_len}: accepted is at least {MIN_LENGTH}, which a task needs")
     if arguments.seed < 0:
         raise ValueError(f"--seed {arguments.seed}: accepted is an integer ≥ 0")
-    RecallOptions(arguments.share)
+    tasks_of(arguments)
     check_needles(measured_lengths(arguments), arguments.samples, DEPTHS, tuple(LANGUAGES))
     check_pairs(arguments.pairs)
     for name in names:
