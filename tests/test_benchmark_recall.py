@@ -202,7 +202,8 @@ def test_tasks_get_harder_and_writing_dearer_over_the_first_steps(name, price, s
     arguments = quick("--share", 0.25)
     cost = recall.train(name, recall.make_model(recall.VARIANTS[name], arguments, CPU), arguments, store, CPU)
     rising = [0, 1 / 3.2, 2 / 3.2, 3 / 3.2, 1, 1, 1, 1]
-    assert seen == [(pytest.approx(difficulty), i, RecallOptions(0.25, answer_limit=1.0)) for i, difficulty in enumerate(rising)]
+    tasks = RecallOptions(0.25, answer_limit=1.0)
+    assert seen == [(pytest.approx(difficulty), i, tasks) for i, difficulty in enumerate(rising)]
     assert prices == pytest.approx([price * difficulty for difficulty in rising])
     # The median of the steps after the first five, which are the eager ones and the capture where there is one.
     assert cost["training_bytes_per_second"] == 2 * 256 / 2.0
