@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from model.kernels.transforms import apply, batched
+from model.kernels.transforms import apply, batched, check_impl
 
 try:
     import triton
@@ -32,10 +32,7 @@ def byte_cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean",
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction={reduction!r}: accepted are mean and none")
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl={impl!r}: accepted are auto, torch, triton")
-    if impl == "triton" and triton is None:
-        raise ValueError("impl='triton': needs the package triton; accepted here are auto and torch")
+    check_impl(impl, triton)
     if logits.shape != (*targets.shape, CLASSES):
         accepted = f"[..., {CLASSES}] and [...]"
         raise ValueError(f"logits, targets: {[*logits.shape]}, {[*targets.shape]}; accepted are shapes {accepted}")

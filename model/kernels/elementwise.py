@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.kernels.transforms import apply, batched
+from model.kernels.transforms import apply, batched, check_impl
 
 try:
     import triton
@@ -18,14 +18,10 @@ except ImportError:  # the PyTorch form does everywhere
     triton = None
 
 BLOCK = 1024
-IMPLEMENTATIONS = ("auto", "torch", "triton")
 
 
 def _pick(impl: str, x: Tensor) -> str:
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r}: accepted are {', '.join(IMPLEMENTATIONS)}")
-    if impl == "triton" and triton is None:
-        raise ValueError("impl='triton': needs the package triton; accepted here are auto and torch")
+    check_impl(impl, triton)
     if impl == "auto":
         # float64 is for references; one element would be a constant to the compiler.
         fits = x.is_cuda and not batched(x) and x.dtype != torch.float64 and x.numel() > 1

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.kernels.transforms import apply, batched
+from model.kernels.transforms import apply, batched, check_impl
 
 try:
     import triton
@@ -27,15 +27,11 @@ except ImportError:  # the PyTorch form does everywhere
 TILE, WARPS = 2048, 4  # elements of a program, and its warps of 32 threads
 TILES = 4  # of a program that also adds up the gradient of w: fewer partial sums
 LARGEST = 2048  # channels that a row may have: it has to lie in one program
-IMPLEMENTATIONS = ("auto", "torch", "triton")
 
 
 def pick(impl: str, width: int, *tensors: Tensor | None) -> str:
     """What computes rows of `width` channels, torch or triton; ValueError where `impl` is unknown or cannot be had."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r}: accepted are {', '.join(IMPLEMENTATIONS)}")
-    if impl == "triton" and triton is None:
-        raise ValueError("impl='triton': needs the package triton; accepted here are auto and torch")
+    check_impl(impl, triton)
     if impl == "auto":
         given = [x for x in tensors if x is not None]
         # float64 is for references: the kernels work in float32.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.kernels.transforms import apply, batched
+from model.kernels.transforms import apply, batched, check_impl
 
 try:
     import triton
@@ -94,10 +94,7 @@ def window_mask(
 
 
 def _pick(impl: str, cuda: bool, dtype: torch.dtype, *tensors: Tensor) -> str:
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl={impl!r}: accepted are auto, torch, triton")
-    if impl == "triton" and triton is None:
-        raise ValueError("impl='triton': needs the package triton; accepted here are auto and torch")
+    check_impl(impl, triton)
     if impl == "auto":
         # float64 is for references: the kernels work in float32.
         fits = cuda and dtype != torch.float64 and not batched(*tensors)

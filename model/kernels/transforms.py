@@ -1,4 +1,5 @@
-"""What lets `torch.func.vmap` run many models at once through operations of ours (model.sgm's populations)."""
+"""What operations of ours share: their choice of a form, and what lets `torch.func.vmap` run many models at once
+through them (model.sgm's populations)."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,6 +13,14 @@ class _NoContext:
 
     def save_for_backward(self, *tensors: Tensor) -> None:
         pass
+
+
+def check_impl(impl: str, triton: Any) -> None:
+    """ValueError where a kernel's `impl` is unknown, or needs the package `triton` and that is None."""
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"impl={impl!r}: accepted are auto, torch, triton")
+    if impl == "triton" and triton is None:
+        raise ValueError("impl='triton': needs the package triton; accepted here are auto and torch")
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
