@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model.kernels import hebbian
 from model.kernels.float32_linear import float32_linear
 from model.kernels.packed_hebbian import log_decays, packed_hebbian, suits, unpacked
+from model.kernels.projected_hebbian import joins, projected_hebbian
 
 SHORTEST, LONGEST = 4.0, 512.0  # patches: the heads' memory lengths 1 / (1 − λ) at initialisation
 
@@ -37,8 +38,8 @@ class MemoryState:
 class HebbianMemory(nn.Module):
     """Per-head fast weights with a learned decay, scaled by the curriculum's plasticity α (DESIGN: HebbianMemory).
 
-    Runs in float32 with autocast off, projections included: half precision overflows in the normaliser (seed 002,
-    "AMP stability"). `rule="delta"` writes by the delta rule with normalised keys instead.
+    Runs in float32 with autocast off, projections nearly so (`float32_linear`): half precision overflows in the
+    normaliser (seed 002, "AMP stability"). `rule="delta"` writes by the delta rule with normalised keys instead.
 
     Attributes:
         readable: whether the state that a call returns can be read with other queries.
@@ -78,8 +79,12 @@ class HebbianMemory(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             carried = None if state is None else (state.M, state.z)
             if impl == "auto" and self._packs(x, plasticity, carried):
-                heads = float32_linear(x, torch.cat([self.qkv.weight, self.gates.weight]))
-                out, (M, z) = packed_hebbian(heads, self.gates.bias, plasticity, self.n_heads, state=carried)
+                weight = torch.cat([self.qkv.weight, self.gates.weight])
+                rest = self.gates.bias, plasticity, self.n_heads
+                if joins(x, weight):
+                    out, (M, z) = projected_hebbian(x, weight, *rest, state=carried)
+                else:
+                    out, (M, z) = packed_hebbian(float32_linear(x, weight), *rest, state=carried)
                 return out, MemoryState(M, z)
             queries_keys, v = unpacked(float32_linear(x, self.qkv.weight), self.n_heads).split((2, 1))
             v = v[0]  # [B, H, T, E]

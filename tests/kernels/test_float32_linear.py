@@ -1,7 +1,6 @@
 """Float32 products as sums of bfloat16 ones, against float64: results, gradients, and the parts they are made of.
 
-Bounds are relative to the sums of magnitudes |x| |W|ᵀ, as those of any sum of products are. A gradient of bfloat16 is
-the exact one's nearest neighbour, up to the 2⁻¹⁵ that two parts of each factor leave, twice that near a tie.
+Bounds are relative to the sums of magnitudes |x| |W|ᵀ, as those of any sum of products are.
 """
 
 import os
@@ -16,7 +15,7 @@ from model.layers import byte_memory
 from model.layers.byte_memory import ByteMemory
 
 # One part is within 2⁻⁸ of a number, two within 2⁻¹⁷; a product of two numbers of one part each within 2⁻⁷.
-FLOAT32, ONE_PART, TWO_PARTS = 3e-7, 2.0**-7 + 2.0**-16, 2.0**-17
+FLOAT32, ONE, TWO, PRODUCT = 3e-7, 2.0**-8, 2.0**-17, 2.0**-7 + 2.0**-16
 SHAPES = [
     # leading dimensions of x, I, O: one row, odd numbers, as many gates as heads, rows in two dimensions, narrow, wide.
     ((1,), 24, 16),
@@ -51,30 +50,58 @@ def check(impl, shape, I, O, dtype=torch.bfloat16, bias=True, device="cpu"):  # 
     assert y.dtype == torch.float32 and y.shape == grad.shape
     assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in zip(found, wanted))
     exact = FLOAT32 if device == "cpu" else 1e-6  # tensor cores cut off where float32 units round
+    one, two = (0.0, 0.0) if impl == "torch" else (ONE, TWO)
     with torch.no_grad():
         rows, w, g = (tensor.double().flatten(0, -2) for tensor in (x, weight, grad))
         b = torch.zeros(O, dtype=torch.float64, device=device) if bias is None else bias.double()
         error = y.double().flatten(0, -2) - (rows @ w.T + b)
-        assert (error.abs() <= exact * (rows.abs() @ w.T.abs() + b.abs())).all()
+        assert (error.abs() <= (exact + two) * (rows.abs() @ w.T.abs() + b.abs())).all()
         of_x, scale = g @ w, g.abs() @ w.abs()
         error = (found[0].double().flatten(0, -2) - of_x).abs()
         if dtype == torch.bfloat16:
             # As the gradient of any layer under autocast: of bfloat16, and rounded to it again.
-            assert (error <= 2.0**-8 * of_x.abs() + (1 + 2.0**-8) * ONE_PART * scale).all()
+            assert (error <= 2.0**-8 * of_x.abs() + (1 + 2.0**-8) * PRODUCT * scale).all()
             assert error.norm() <= 2.0**-8 * of_x.norm()
         else:
             assert (error <= exact * scale).all()
-        error, parts_error = (found[1].double() - g.T @ rows).abs(), TWO_PARTS if impl == "split" else 0.0
-        assert (error <= (exact + parts_error) * (g.abs().T @ rows.abs())).all()
+        error = (found[1].double() - g.T @ rows).abs()
+        assert (error <= (exact + one) * (g.abs().T @ rows.abs())).all()
         if bias is not None:
             assert ((found[2].double() - g.sum(0)).abs() <= exact * g.abs().sum(0)).all()
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("shape", "I", "O"), SHAPES)
-def test_split_form_is_float32(shape, I, O, bias, monkeypatch):  # noqa: E741
+def test_split_form_is_nearly_float32(shape, I, O, bias, monkeypatch):  # noqa: E741
     monkeypatch.setattr(module, "CHUNK", 4)  # 24 rows are four sums
     check("split", shape, I, O, bias=bias)
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy tails", "one large channel", "one large weight"])
+def test_result_is_within_half_of_what_the_memory_is_promised(kind):
+    """1e-5 of the norm, whatever is large; the weights' gradient as exact as its one part, and no bias in either."""
+    g = torch.Generator().manual_seed(0)
+    x, weight, grad = (torch.randn(256, n, generator=g) for n in (64, 64, 256))
+    if kind == "heavy tails":
+        x, weight = (y / torch.randn(y.shape, generator=g).abs() for y in (x, weight))
+    elif kind != "normal":
+        (x if kind == "one large channel" else weight)[:, 7] *= 1000
+    x = x / x.square().mean(1, keepdim=True).sqrt()
+    x, weight = x.to(torch.bfloat16).requires_grad_(), weight.requires_grad_()
+    y = float32_linear(x, weight, impl="split")
+    (of_weight,) = torch.autograd.grad(y, weight, grad)
+    rows, w = x.detach().double(), weight.detach().double()
+    for found, exact, bound in ((y.detach(), rows @ w.T, 5e-6), (of_weight, grad.double().T @ rows, 2.5e-3)):
+        error = found.double() - exact
+        assert error.norm() <= bound * exact.norm()
+        assert (error * exact).sum().abs() <= bound / 4 * exact.square().sum()
+
+
+def test_a_gradient_of_bfloat16_is_taken_as_it_is():
+    x, weight, _, grad = (t if t is None else t.detach() for t in inputs((24,), 40, 16, bias=False))
+    expected = module.split_backward(x, weight, grad)
+    assert all(torch.equal(a, b) for a, b in zip(module.split_backward(x, weight, grad.to(torch.bfloat16)), expected))
+    assert module.split_backward(x, weight, grad.to(torch.bfloat16), to_x=False)[0] is None
 
 
 def test_torch_form_is_float32():
@@ -159,18 +186,18 @@ FORMS = ["torch", pytest.param("triton", marks=interpreter)]
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, at an infinity less itself
 @pytest.mark.parametrize("impl", FORMS)
 def test_parts_sum_up_and_stay_finite(impl):
-    """The largest numbers would round to infinity; an infinity and a NaN are themselves."""
+    """To 2⁻¹⁷ of it. The largest numbers would round to infinity; an infinity and a NaN are themselves."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(9, 40, generator=g) * torch.randn(9, 40, generator=g).mul(20).exp()
     x[0, :6] = torch.tensor([3.4028234e38, -3.4028234e38, 3.39e38, 3.3895e38, 0.0, 1e-30])
-    first, second, third = (part.double() for part in parts(x, (0, 1, 2), impl=impl).chunk(3, 1))
-    assert torch.equal(first + second + third, x.double())
+    first, second = (part.double() for part in parts(x, (0, 1), impl=impl).chunk(2, 1))
+    assert first.isfinite().all()
     # The nearest part leaves 2⁻⁸, the interpreter's, which is cut off, 2⁻⁷.
     left = 2.0**-8 if impl == "torch" else 2.0**-7
     assert ((x - first).abs() <= left * x.abs()).all()
     assert ((x - first - second).abs() <= left**2 / 2 * x.abs() * (1 if impl == "torch" else 2)).all()
     special = torch.tensor([[float("inf"), float("-inf"), float("nan")]])
-    found = parts(special, (0, 1, 2), impl=impl).float()
+    found = parts(special, (0, 1), impl=impl).float()
     torch.testing.assert_close(found[:, :3], special, equal_nan=True)
     assert not found[:, 3:].any()
 
@@ -179,21 +206,20 @@ def test_parts_sum_up_and_stay_finite(impl):
 @pytest.mark.parametrize(("R", "C"), [(1, 1), (2, 600), (300, 8), (0, 8)])
 def test_kernel_in_the_interpreter_puts_parts_in_their_places(R, C):
     x = torch.randn(R, 2 * C, generator=torch.Generator().manual_seed(R))[:, :C]  # rows that lie apart
-    each = [parts(x, (slot,), impl="triton") for slot in range(3)]
-    assert torch.equal(sum(part.double() for part in each), x.double())
-    for slots, stacked in (((2, 1, 0), False), ((0, 1, 0), True)):
-        expected = torch.cat([each[slot] for slot in slots], 0 if stacked else 1)
-        assert torch.equal(parts(x, slots, stacked, "triton"), expected)
-    assert torch.equal(parts(each[0], (0, 0), impl="triton"), each[0].repeat(1, 2))
+    first, second = parts(x, (0, 1), impl="triton").chunk(2, 1)
+    assert ((x.double() - first - second).abs() <= 2.0**-14 * x.abs()).all()
+    for slots in ((1, 0), (0, 0)):
+        for stacked in (False, True):
+            expected = torch.cat([(first, second)[slot] for slot in slots], 0 if stacked else 1)
+            assert torch.equal(parts(x, slots, stacked, "triton"), expected)
+    assert torch.equal(parts(first, (0, 0), impl="triton"), first.repeat(1, 2))
 
 
 @interpreter
 def test_stacked_parts_of_whole_pieces_are_cut_anywhere():
     x = torch.randn(64, 24, generator=torch.Generator().manual_seed(0))
     assert x.numel() % module.PIECE == 0
-    places = parts(x, (1, 0, 2), True, "triton").view(3, 64, 24)
-    for place, slot in zip(places, (1, 0, 2)):
-        assert torch.equal(place, parts(x, (slot,), impl="triton"))
+    assert torch.equal(parts(x, (1, 0), True, "triton"), torch.cat(parts(x, (1, 0), impl="triton").chunk(2, 1)))
 
 
 def test_byte_memory_scales_its_rows_after_the_product(monkeypatch):
@@ -216,14 +242,14 @@ def test_byte_memory_scales_its_rows_after_the_product(monkeypatch):
     monkeypatch.setattr(byte_memory, "float32_linear", split)
     for i, (found, exact) in enumerate(zip(run(), expected)):
         assert found.dtype == exact.dtype
-        # hidden's gradient is rounded to bfloat16, those of the weights are from two parts
-        tolerance = (2e-6, 2.0**-7, 2.0**-15)[min(i, 2)]
+        # hidden's gradient is rounded to bfloat16, those of the weights are from one part
+        tolerance = (2e-5, 2.0**-7, 2.0**-8)[min(i, 2)]
         assert (found - exact).abs().max() <= tolerance * exact.abs().max()
 
 
 @card
-@pytest.mark.parametrize(("shape", "I", "O"), [((128, 256), 512, 1536), ((128, 256), 512, 8), ((3, 1000), 64, 520)])
-def test_split_form_on_the_card_is_float32(shape, I, O):  # noqa: E741
+@pytest.mark.parametrize(("shape", "I", "O"), [((128, 256), 512, 1544), ((128, 256), 512, 8), ((3, 1000), 64, 520)])
+def test_split_form_on_the_card_is_nearly_float32(shape, I, O):  # noqa: E741
     check("auto", shape, I, O, device="cuda")
 
 
@@ -241,7 +267,7 @@ def test_on_the_card_auto_splits_what_fits_and_gives_the_same_bits_every_time():
 
 
 @card
-@pytest.mark.parametrize("slots", [(2, 1, 0), (0, 1, 0), (0, 0, 0)])
+@pytest.mark.parametrize("slots", [(1, 0), (0, 0)])
 def test_kernel_on_the_card_is_the_torch_form(slots):
     x = torch.randn(1000, 520) * torch.randn(1000, 520).mul(20).exp()
     x[0, :5] = torch.tensor([float("inf"), float("nan"), 3.4028234e38, -3.39e38, 1e-38])
