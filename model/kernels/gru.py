@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from model.kernels.products import product
-from model.kernels.transforms import apply, batched, hooked
+from model.kernels.transforms import apply, batched, check_impl, hooked
 
 try:
     import triton
@@ -24,6 +24,7 @@ except ImportError:  # the PyTorch form does everywhere
     triton = None
 
 ROWS, COLUMNS = 8, 128  # of a program; 8 elements a thread
+TILES = 4  # of a program that also adds up gradients over rows: fewer partial sums
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,10 +54,7 @@ def gru_patch(
     Returns:
         [..., P, C], the hidden after each byte.
     """
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl={impl!r}: accepted are auto, torch, triton")
-    if impl == "triton" and triton is None:
-        raise ValueError("impl='triton': needs the package triton; accepted here are auto and torch")
+    check_impl(impl, triton)
     if impl == "auto":
         impl = "triton" if triton is not None and _fits(hidden, conditioned, table, previous, recurrent) else "torch"
     if impl == "triton":
@@ -98,10 +96,9 @@ class _GRUPatch(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for step in range(P if N else 0):
                 torch.mm(before, matrix.t(), out=products[step])
-                _gru_kernel[_grid(N, C)](
-                    products[step], bias, conditioned, entries, previous, before, states[:, step], step,
-                    N, P, C, before.stride(0), ROWS, COLUMNS,
-                )  # fmt: skip
+                launch_forward(
+                    products[step], bias, conditioned, entries, previous, before, states[:, step], None, step
+                )
                 before = states[:, step]
         ctx.save_for_backward(hidden, conditioned, previous, entries, matrix, bias, products, states)
         ctx.dtypes = table.dtype, weight.dtype
@@ -120,9 +117,9 @@ class _GRUPatch(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             for step in reversed(range(P if N else 0)):
                 before = states[:, step - 1] if step else hidden
-                _gru_backward_kernel[_grid(N, C)](
-                    products[step], bias, conditioned, entries, previous, before, grad, of_hidden,
-                    parts, of_conditioned, step, N, P, C, before.stride(0), step == 0, step == P - 1, ROWS, COLUMNS,
+                launch_backward(
+                    products[step], bias, conditioned, entries, previous, before, grad[:, step], None, None,
+                    of_hidden, parts, of_conditioned, None, step,
                 )  # fmt: skip
                 of_hidden.addmm_(parts[step, :, C:], matrix)
             of_weight = of_table = of_bias = None
@@ -144,8 +141,36 @@ class _GRUPatch(torch.autograd.Function):
         return of_hidden, of_conditioned, None, of_table, of_weight, of_bias
 
 
-def _grid(N: int, C: int) -> tuple[int]:
-    return (triton.cdiv(N, ROWS) * triton.cdiv(C, COLUMNS),)
+def launch_forward(product, bias, conditioned, table, previous, before, after, squares, step: int) -> None:
+    """One byte forward: from product [N, 3C], conditioned [N, 3C] and `before` [N, C], of any row stride, to `after`.
+
+    `squares` [N, ceil(C / COLUMNS)] float32 takes the sums of squares of parts of the new states, where it is given.
+    """
+    (N, P), C = previous.shape, before.shape[1]
+    _gru_kernel[(triton.cdiv(N, ROWS) * triton.cdiv(C, COLUMNS),)](
+        product, bias, conditioned, table, previous, before, after, squares, step,
+        N, P, C, before.stride(0), after.stride(0), conditioned.stride(0), ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+def launch_backward(
+    product, bias, conditioned, table, previous, before, grad, slope, more, of_hidden, parts, of_conditioned, partial,
+    step: int,
+) -> None:  # fmt: skip
+    """One byte backward: see `_gru_backward_kernel`. `grad` and `more` [N, C] are of the states after this byte;
+    `partial` [programs(N), C] float32, where it is given, takes sums of the last quarter of parts[step]."""
+    (N, P), C = previous.shape, before.shape[1]
+    tiles = 1 if partial is None else TILES
+    _gru_backward_kernel[(triton.cdiv(N, ROWS * tiles) * triton.cdiv(C, COLUMNS),)](
+        product, bias, conditioned, table, previous, before, grad, slope, more, of_hidden, parts, of_conditioned,
+        partial, step, N, P, C, before.stride(0), grad.stride(0), 0 if more is None else more.stride(0),
+        conditioned.stride(0), of_conditioned.stride(0), step == 0, step == P - 1, ROWS, COLUMNS, tiles,
+    )  # fmt: skip
+
+
+def programs(N: int) -> int:
+    """Rows of `partial` in `launch_backward`."""
+    return triton.cdiv(N, ROWS * TILES)
 
 
 if triton is not None:
@@ -155,72 +180,94 @@ if triton is not None:
         return tl.load(at, inside, other=0.0).to(tl.float32)
 
     @triton.jit
-    def _gates(product, bias, conditioned, table, row, byte, column, inside, C):
+    def _gates(product, bias, conditioned, table, row, byte, column, inside, C, stride):
         """→ reset, update, candidate and the product's part of the candidate's input, float32."""
-        at = row * 3 * C + column
-        entry = byte * 3 * C + column
-        recurrent = _load(product + at, inside) + _load(bias + column, inside)
-        reset = tl.sigmoid(recurrent + _load(conditioned + at, inside) + _load(table + entry, inside))
-        at += C
-        entry += C
-        recurrent = _load(product + at, inside) + _load(bias + C + column, inside)
-        update = tl.sigmoid(recurrent + _load(conditioned + at, inside) + _load(table + entry, inside))
-        at += C
-        entry += C
-        recurrent = _load(product + at, inside) + _load(bias + 2 * C + column, inside)
-        x = _load(conditioned + at, inside) + _load(table + entry, inside) + reset * recurrent
+        at = product + row * 3 * C + column
+        extra = conditioned + row * stride + column
+        entry = table + byte * 3 * C + column
+        recurrent = _load(at, inside) + _load(bias + column, inside)
+        reset = tl.sigmoid(recurrent + _load(extra, inside) + _load(entry, inside))
+        recurrent = _load(at + C, inside) + _load(bias + C + column, inside)
+        update = tl.sigmoid(recurrent + _load(extra + C, inside) + _load(entry + C, inside))
+        recurrent = _load(at + 2 * C, inside) + _load(bias + 2 * C + column, inside)
+        x = _load(extra + 2 * C, inside) + _load(entry + 2 * C, inside) + reset * recurrent
         return reset, update, 2.0 * tl.sigmoid(2.0 * x) - 1.0, recurrent  # tanh
 
     @triton.jit
-    def _place(previous, step, N, P, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    def _place(tile, previous, step, N, P, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         """→ row [ROWS, 1] int64, its byte, column [1, COLUMNS], and which of all these are there."""
         tiles = tl.cdiv(C, COLUMNS)
-        row = ((tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+        row = (tile.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
         column = (tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
         byte = tl.load(previous + row * P + step, row < N, other=0).to(tl.int32)
         return row, byte, column, (row < N) & (column < C)
 
     @triton.jit(do_not_specialize=["step", "N"])
     def _gru_kernel(
-        product, bias, conditioned, table, previous, before, after, step, N, P, C, stride,
-        ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        product, bias, conditioned, table, previous, before, after, squares, step, N, P, C,
+        before_stride, after_stride, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        row, byte, column, inside = _place(previous, step, N, P, C, ROWS, COLUMNS)
-        hidden = _load(before + row * stride + column, inside)
-        _, update, candidate, _ = _gates(product, bias, conditioned, table, row, byte, column, inside, C)
-        new = candidate + update * (hidden - candidate)
-        tl.store(after + row * P * C + column, new.to(after.dtype.element_ty), inside)
+        tiles = tl.cdiv(C, COLUMNS)
+        row, byte, column, inside = _place(tl.program_id(0) // tiles, previous, step, N, P, C, ROWS, COLUMNS)
+        hidden = _load(before + row * before_stride + column, inside)
+        _, update, candidate, _ = _gates(product, bias, conditioned, table, row, byte, column, inside, C, stride)
+        new = (candidate + update * (hidden - candidate)).to(after.dtype.element_ty)
+        tl.store(after + row * after_stride + column, new, inside)
+        if squares is not None:
+            new = tl.where(inside, new.to(tl.float32), 0.0)
+            at = squares + row * tiles + tl.program_id(0) % tiles
+            tl.store(at, tl.sum(new * new, 1)[:, None], row < N)
 
     @triton.jit(do_not_specialize=["step", "N"])
     def _gru_backward_kernel(
-        product, bias, conditioned, table, previous, before, grad, of_hidden, parts, of_conditioned,
-        step, N, P, C, stride, FIRST: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        product, bias, conditioned, table, previous, before, grad, slope, more, of_hidden, parts, of_conditioned,
+        partial, step, N, P, C, before_stride, grad_stride, more_stride, stride, of_stride,
+        FIRST: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
     ):  # fmt: skip
-        """Writes parts[step], and to `of_hidden` what passes by the product; at the first step `of_conditioned`."""
-        row, byte, column, inside = _place(previous, step, N, P, C, ROWS, COLUMNS)
-        d = _load(grad + (row * P + step) * C + column, inside)
-        if not LAST:
-            d += _load(of_hidden + row * C + column, inside)
-        hidden = _load(before + row * stride + column, inside)
-        reset, update, candidate, y = _gates(product, bias, conditioned, table, row, byte, column, inside, C)
+        """Writes parts[step], and to `of_hidden` what passes by the product; at the first step `of_conditioned`.
+
+        The gradient of the state is `grad`, and where they are given slope [N] times the state, and `more`.
+        """
+        tiles = tl.cdiv(C, COLUMNS)
         kind = parts.dtype.element_ty
-        tl.store(of_hidden + row * C + column, (d * update).to(kind), inside)
-        of_candidate = d * (1.0 - update) * (1.0 - candidate * candidate)
-        of_reset = of_candidate * y * reset * (1.0 - reset)
-        of_update = d * (hidden - candidate) * update * (1.0 - update)
         rows = N.to(tl.int64)
-        at = parts + (step * rows + row) * 4 * C + column
-        tl.store(at, of_candidate.to(kind), inside)
-        tl.store(at + C, of_reset.to(kind), inside)
-        tl.store(at + 2 * C, of_update.to(kind), inside)
-        tl.store(at + 3 * C, (of_candidate * reset).to(kind), inside)
-        if FIRST:
-            for _ in range(1, P):
-                at += rows * 4 * C
-                of_candidate += _load(at, inside)
-                of_reset += _load(at + C, inside)
-                of_update += _load(at + 2 * C, inside)
-            at = of_conditioned + row * 3 * C + column
-            tl.store(at, of_reset.to(kind), inside)
-            tl.store(at + C, of_update.to(kind), inside)
-            tl.store(at + 2 * C, of_candidate.to(kind), inside)
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        column = (tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+        for tile in range(TILES):
+            row, byte, _, inside = _place(
+                tl.program_id(0) // tiles * TILES + tile, previous, step, N, P, C, ROWS, COLUMNS
+            )
+            d = _load(grad + row * grad_stride + column, inside)
+            if not LAST:
+                d += _load(of_hidden + row * C + column, inside)
+            hidden = _load(before + row * before_stride + column, inside)
+            reset, update, candidate, y = _gates(
+                product, bias, conditioned, table, row, byte, column, inside, C, stride
+            )
+            if slope is not None:
+                new = (candidate + update * (hidden - candidate)).to(kind).to(tl.float32)
+                d += _load(slope + row, row < N) * new
+            if more is not None:
+                d += _load(more + row * more_stride + column, inside)
+            tl.store(of_hidden + row * C + column, (d * update).to(kind), inside)
+            of_candidate = d * (1.0 - update) * (1.0 - candidate * candidate)
+            of_reset = of_candidate * y * reset * (1.0 - reset)
+            of_update = d * (hidden - candidate) * update * (1.0 - update)
+            at = parts + (step * rows + row) * 4 * C + column
+            tl.store(at, of_candidate.to(kind), inside)
+            tl.store(at + C, of_reset.to(kind), inside)
+            tl.store(at + 2 * C, of_update.to(kind), inside)
+            tl.store(at + 3 * C, (of_candidate * reset).to(kind), inside)
+            total += tl.where(inside, of_candidate * reset, 0.0)
+            if FIRST:
+                for _ in range(1, P):
+                    at += rows * 4 * C
+                    of_candidate += _load(at, inside)
+                    of_reset += _load(at + C, inside)
+                    of_update += _load(at + 2 * C, inside)
+                at = of_conditioned + row * of_stride + column
+                tl.store(at, of_reset.to(kind), inside)
+                tl.store(at + C, of_update.to(kind), inside)
+                tl.store(at + 2 * C, of_candidate.to(kind), inside)
+        if partial is not None:
+            tl.store(partial + tl.program_id(0) // tiles * C + column, tl.sum(total, 0)[None, :], column < C)

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from model.kernels import byte_head
 from model.kernels.gru import gru_cell, gru_patch
 from model.layers.byte_memory import BEGIN, ByteMemory
-from model.layers.norm import rms_norm
+from model.layers.norm import NORM_EPS, rms_norm
 
 __all__ = ["BEGIN", "LocalAutoregressiveHead"]
 
@@ -78,8 +79,13 @@ class LocalAutoregressiveHead(nn.Module):
         """Teacher-forced, from the start of a text: latents [B, T, D], previous [B, T, P] the byte before each byte →
         logits [B, T, P, 256]. To `writes`, if given, the memory's writing strengths [B, H, T · P] are appended;
         `told` [B, T · P] bool marks bytes of which its text heads write nothing down."""
-        hidden = self.states(latents, previous)
-        logits = self.logits(hidden)
+        layers = self.initial, self.condition, self.recurrent, self.output
+        if not self.columns and byte_head.fits(latents, previous, self.bytes.weight, layers):
+            normed, remember = rms_norm(latents.contiguous()), self.memory is not None
+            logits, hidden = byte_head.byte_head(normed, previous, self.bytes.weight, layers, NORM_EPS, states=remember)
+        else:
+            hidden = self.states(latents, previous)
+            logits = self.logits(hidden)
         if self.memory is not None:
             recalled, _ = self.memory(hidden.flatten(1, 2), previous.flatten(1), writes=writes, told=told)
             logits = logits + recalled.view_as(logits)
