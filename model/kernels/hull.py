@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.kernels.transforms import apply, batched
+from model.kernels.transforms import apply, batched, check_impl
 
 try:
     import triton
@@ -32,10 +32,7 @@ def signed_hull(o: Tensor, tau: Tensor, impl: str = "auto") -> Tensor:
 
     impl: "torch" (any device), "triton" (CUDA, or Triton's interpreter), "auto" picks.
     """
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl={impl!r}: accepted are auto, torch, triton")
-    if impl == "triton" and triton is None:
-        raise ValueError("impl='triton': needs the package triton; accepted here are auto and torch")
+    check_impl(impl, triton)
     if impl == "auto":
         # float64 is for references: the kernel works in float32.
         fits = o.is_cuda and not batched(o, tau) and o.dtype != torch.float64 and o.shape[1] * o.shape[2] > 2
@@ -91,13 +88,15 @@ class _SignedHull(torch.autograd.Function):
         return hull_backward(*ctx.saved_tensors, grad)
 
 
-def hull_forward(o: Tensor, tau: Tensor) -> Tensor:
-    """The kernel of `signed_hull`: contiguous o [P, N, 2D], τ → [N, D]."""
+def hull_forward(o: Tensor, tau: Tensor, onto: Tensor | None = None) -> Tensor:
+    """The kernel of `signed_hull`: contiguous o [P, N, 2D], τ → [N, D], rounded to o's type, and `onto`, contiguous,
+    with it, if given."""
     P, N, width = o.shape
-    y = torch.empty(N, width // 2, dtype=o.dtype, device=o.device)
+    dtype = o.dtype if onto is None else torch.promote_types(o.dtype, onto.dtype)
+    y = torch.empty(N, width // 2, dtype=dtype, device=o.device)
     if y.numel():
         petals, block, grid = _tiles(P, y.numel())
-        _forward[grid](o, tau, y, y.numel(), width // 2, P, petals, block, num_warps=WARPS)
+        _forward[grid](o, tau, onto, y, y.numel(), width // 2, P, petals, block, num_warps=WARPS)
     return y
 
 
@@ -165,13 +164,15 @@ if triton is not None:
         return i, i < size, at, (i < size)[None, :] & there, there
 
     @triton.jit
-    def _forward(o, tau_at, y, size, D: tl.constexpr, P: tl.constexpr, PETALS: tl.constexpr, BLOCK: tl.constexpr):
+    def _forward(o, tau_at, onto, y, size, D: tl.constexpr, P: tl.constexpr, PETALS: tl.constexpr, BLOCK: tl.constexpr):
         i, wanted, at, inside, there = _places(size, D, P, PETALS, BLOCK)
         tau = tl.load(tau_at).to(tl.float32)
         scale = tau * 1.4426950408889634
         top, _, _, rising = _petals(o + at, inside, there, scale, P, PETALS)
         bottom, _, _, falling = _petals(o + at + D, inside, there, scale, P, PETALS)
-        result = P * ((top - bottom) + _log_ratio(rising, falling) * (1.0 / tau))
+        result = (P * ((top - bottom) + _log_ratio(rising, falling) * (1.0 / tau))).to(o.dtype.element_ty)
+        if onto is not None:
+            result = result.to(tl.float32) + tl.load(onto + i, wanted, other=0.0).to(tl.float32)
         tl.store(y + i, result.to(y.dtype.element_ty), wanted)
 
     @triton.jit

@@ -7,7 +7,8 @@ takes no more than it must. Weights are converted once. Squared ReLU replaces it
 rounded, is the number that was squared (Boldo 2015), so that nothing is lost (but in float16, below 1e-3: such a square
 has few bits left). Gradients of h are written by the product where the next one reads them, and one pass turns them
 into those of A x + b, replaces them, and adds up those of b. Gradients of float32 weights come out of the products in
-float32, not rounded to the products' type before.
+float32, not rounded to the products' type before. Products of our own (`OWN_PRODUCTS`) do what comes after them before
+they write their results, which saves two of the passes.
 """
 
 import torch
@@ -17,23 +18,34 @@ from torch.autograd.function import once_differentiable
 
 from model.kernels.elementwise import split_backward, split_forward, split_signs, square_, squared_relu
 from model.kernels.hull import hull_backward, hull_forward, signed_hull
-from model.kernels.products import product
-from model.kernels.transforms import apply, batched
+from model.kernels.products import HALF, product
+from model.kernels.transforms import apply, batched, check_impl
 
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # the PyTorch form does everywhere
     triton = None
 
 ROWS, STEP, COLUMNS = 64, 4, 512  # of the pass over h: a program's positions, those of one tile, its hidden units
+OWN_PRODUCTS = ""  # "forward", "backward", "both": which products towards h are ours, on cards with TMA and wgmma
+TILE, DEPTH, STAGES, WARPS = (128, 256), 64, 3, 8  # of ours: positions and hidden units; terms; tiles of them in flight
+BY_PETAL = False  # whether the gradient of B is a product for each petal, which libraries divide among more programs
 Runs = list[tuple[int, int, bool]]
 
 
 def petals(
-    x: Tensor, up: Tensor, bias: Tensor, down: Tensor, tau: Tensor, runs: Runs | None = None, impl: str = "auto"
+    x: Tensor,
+    up: Tensor,
+    bias: Tensor,
+    down: Tensor,
+    tau: Tensor,
+    runs: Runs | None = None,
+    impl: str = "auto",
+    onto: Tensor | None = None,
 ) -> Tensor:
-    """x [N, D] → [N, D'], of x's type, or autocast's.
+    """x [N, D] → [N, D'], of x's type, or autocast's; with `onto` their sum.
 
     Args:
         up: A, [P, W, D].
@@ -43,24 +55,24 @@ def petals(
         runs: [start, stop, asleep) of neighbouring petals; those asleep take no gradient. Empty or None: all are awake.
         impl: "torch" (any device; one operation after the other, each in the form that it picks itself), "triton"
             (CUDA, or Triton's interpreter), "auto" picks.
+        onto: [N, D'], that the result, rounded, is added to.
     """
-    if impl not in ("auto", "torch", "triton"):
-        raise ValueError(f"impl={impl!r}: accepted are auto, torch, triton")
-    if impl == "triton" and triton is None:
-        raise ValueError("impl='triton': needs the package triton; accepted here are auto and torch")
+    check_impl(impl, triton)
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
     if impl == "auto":
-        tensors = (x, up, bias, down, tau)
+        tensors = (x, up, bias, down, tau) if onto is None else (x, up, bias, down, tau, onto)
         # float64 is for references: the kernels work in float32. Without autocast types that differ are an error.
         fits = x.is_cuda and x.numel() > 1 and down.numel() and not batched(*tensors)
         fits = fits and all(t.dtype != torch.float64 and (autocast or t.dtype == dtype) for t in (x, up, bias))
+        fits = fits and (onto is None or onto.dtype != torch.float64)
         impl = "triton" if fits and triton is not None else "torch"
     if impl == "torch":
-        return signed_hull(petal_outputs(x, up, bias, down, runs), tau)
+        y = signed_hull(petal_outputs(x, up, bias, down, runs), tau)
+        return y if onto is None else onto + y
     awake = [(start, stop) for start, stop, asleep in runs or [(0, len(up), False)] if not asleep]
-    return apply(_Petals, x, up, bias, down, tau, awake, dtype)
+    return apply(_Petals, x, up, bias, down, tau, onto if onto is None else onto.contiguous(), awake, dtype)
 
 
 def petal_outputs(x: Tensor, up: Tensor, bias: Tensor, down: Tensor, runs: Runs | None = None) -> Tensor:
@@ -82,23 +94,27 @@ def _outputs(x: Tensor, up: Tensor, bias: Tensor, down: Tensor) -> Tensor:
 
 class _Petals(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, up, bias, down, tau, awake, dtype) -> Tensor:
+    def forward(ctx, x, up, bias, down, tau, onto, awake, dtype) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             low = x.to(dtype)
             first = up.to(dtype).flatten(0, 1)  # [PW, D]
             second = split_forward(down.contiguous(), dtype)  # [P, W, 2D']
-            hidden = square_(torch.addmm(bias.to(dtype).flatten(), low, first.t()))  # [N, PW]
+            flat = bias.to(dtype).flatten()
+            if _ours("forward", low.unsqueeze(0), first):
+                hidden = _product(low.unsqueeze(0), first, bias=flat)[0]  # [N, PW]
+            else:
+                hidden = square_(torch.addmm(flat, low, first.t()))
             o = torch.bmm(_by_petal(hidden, up), second)
-            y = hull_forward(o, tau)
+            y = hull_forward(o, tau, onto)
         ctx.save_for_backward(low, first, second, hidden, o, down, tau)
-        ctx.awake, ctx.types = awake, (x.dtype, up.dtype, bias.dtype)
+        ctx.awake, ctx.types = awake, (x.dtype, up.dtype, bias.dtype, None if onto is None else onto.dtype)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         low, first, second, hidden, o, down, tau = ctx.saved_tensors
-        x_type, up_type, bias_type = ctx.types
+        x_type, up_type, bias_type, onto_type = ctx.types
         of_x = of_up = of_bias = of_down = None
         awake = ctx.awake
         wants_x, wants_up, wants_bias, wants_down, _ = (
@@ -108,14 +124,18 @@ class _Petals(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             grad_o, of_tau = hull_backward(o, tau, grad)
             if wants_down:
-                parts = _by_petal(hidden, down).transpose(1, 2)  # [P, W, N]
+                parts = _by_petal(hidden, down)
                 of_down = _awake(down, awake, lambda a, b: split_backward(
-                    down[a:b].contiguous(), product(parts[a:b], grad_o[a:b], down.dtype)))  # fmt: skip
+                    down[a:b].contiguous(), _of_split(parts[a:b], grad_o[a:b], down.dtype)))  # fmt: skip
             if wants_x or wants_up or wants_bias:
-                of_hidden = torch.empty_like(hidden)
-                torch.bmm(grad_o, second.transpose(1, 2), out=_by_petal(of_hidden, down))
+                if _ours("backward", grad_o, second.flatten(0, 1)):
+                    of_hidden, sums = _product(grad_o, second.flatten(0, 1), hidden=hidden)
+                else:
+                    of_hidden = torch.empty_like(hidden)
+                    torch.bmm(grad_o, second.transpose(1, 2), out=_by_petal(of_hidden, down))
+                    sums = _square_backward_(hidden, of_hidden)
                 del grad_o
-                sums = _square_backward_(hidden, of_hidden).view(P, W)
+                sums = sums.view(P, W)
                 if wants_bias:
                     of_bias = _awake(sums, awake, lambda a, b: sums[a:b]).to(bias_type)
                 if wants_up:
@@ -123,12 +143,20 @@ class _Petals(torch.autograd.Function):
                         of_hidden[:, a * W : b * W].t(), low, up_type).view(b - a, W, -1), up_type)  # fmt: skip
                 if wants_x:
                     of_x = torch.mm(of_hidden, first).to(x_type)
-        return of_x, of_up, of_bias, of_down, of_tau, None, None
+        of_onto = None if onto_type is None or not ctx.needs_input_grad[5] else grad.to(onto_type)
+        return of_x, of_up, of_bias, of_down, of_tau, of_onto, None, None
 
 
 def _by_petal(hidden: Tensor, weight: Tensor) -> Tensor:
     """[N, PW] → [P, N, W], the same memory."""
     return hidden.view(hidden.shape[0], *weight.shape[:2]).transpose(0, 1)
+
+
+def _of_split(hidden: Tensor, grad_o: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient [P, W, 2D'] of the split B, from h [P, N, W] and that of o [P, N, 2D']."""
+    if BY_PETAL:
+        return torch.stack([product(h.t(), g, dtype) for h, g in zip(hidden, grad_o)])
+    return product(hidden.transpose(1, 2), grad_o, dtype)
 
 
 def _awake(like: Tensor, awake: list[tuple[int, int]], part, dtype: torch.dtype | None = None) -> Tensor:
@@ -151,7 +179,72 @@ def _square_backward_(hidden: Tensor, grad: Tensor) -> Tensor:
     return partial.sum(0)
 
 
+def _ours(way: str, a: Tensor, b: Tensor) -> bool:
+    """Whether a product [P, N, K] × [PW, K]ᵀ is ours: where its tiles are whole and TMA can read them."""
+    if OWN_PRODUCTS not in (way, "both") or a.dtype not in HALF or a.shape[1] < TILE[0] or b.shape[1] % 8:
+        return False
+    fits = len(b) // len(a) % TILE[1] == 0 and not (a.data_ptr() | b.data_ptr()) % 16
+    return fits and a.is_contiguous() and (not a.is_cuda or torch.cuda.get_device_capability(a.device)[0] == 9)
+
+
+def _product(
+    a: Tensor, b: Tensor, bias: Tensor | None = None, hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """a [P, N, K] × b [PW, K]ᵀ, petal by petal → [N, PW]: with a bias [PW] its squared ReLU, with h [N, PW], which is
+    one, the gradient of what was squared, and the column sums of that [PW], float32."""
+    (P, N, K), columns = a.shape, len(b)
+    out = torch.empty(N, columns, dtype=a.dtype, device=a.device)
+    tiles, partial = -(-N // TILE[0]), None
+    if hidden is not None:
+        partial = torch.empty(tiles, columns, dtype=torch.float32, device=a.device)
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 2
+    a_tiles = TensorDescriptor.from_tensor(a.view(P * N, K), [TILE[0], DEPTH])
+    b_tiles = TensorDescriptor.from_tensor(b, [TILE[1], DEPTH])
+    _product_kernel[(programs,)](
+        a_tiles, b_tiles, bias, hidden, out, partial, N, columns, columns // P, K, programs, *TILE, DEPTH,
+        num_stages=STAGES, num_warps=WARPS,
+    )  # fmt: skip
+    return out, None if partial is None else partial.sum(0)
+
+
 if triton is not None:
+
+    @triton.jit
+    def _finish(total, row, column, bias_at, hidden_at, out_at, partial, N, columns: tl.constexpr):
+        """What comes after a product, on a tile of it: squared ReLU, or its gradient and this one's column sums."""
+        inside = (row < N)[:, None]
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        if bias_at is not None:
+            total += tl.load(bias_at + column).to(tl.float32)[None, :]
+            total = total.to(out_at.dtype.element_ty).to(tl.float32)  # whose square has it as its root
+            total = tl.where(total < 0.0, 0.0, total)  # a NaN stays one
+            total *= total
+        if hidden_at is not None:
+            hidden = tl.load(hidden_at + at, inside, other=0.0).to(tl.float32)
+            root = tl.sqrt(hidden).to(hidden_at.dtype.element_ty).to(tl.float32)
+            total = tl.where(hidden == 0.0, 0.0, 2.0 * root * total)
+            tl.store(partial + column, tl.sum(total, 0))
+        tl.store(out_at + at, total.to(out_at.dtype.element_ty), inside)
+
+    @triton.jit
+    def _product_kernel(
+        a, b, bias_at, hidden_at, out_at, partial, N, columns: tl.constexpr, W: tl.constexpr, K: tl.constexpr,
+        PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ):  # fmt: skip
+        across: tl.constexpr = columns // COLUMNS
+        for tile in tl.range(tl.program_id(0), tl.cdiv(N, ROWS) * across, PROGRAMS, flatten=True):
+            first, begin = tile // across * ROWS, tile % across * COLUMNS
+            total = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for k in range(0, K, DEPTH):
+                # What follows a petal's last position is another's, and not written.
+                total = tl.dot(a.load([begin // W * N + first, k]), b.load([begin, k]).T, total)
+            # In halves: with all of it, numbers in flight spill out of the registers.
+            halves = tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            row, column = first + tl.arange(0, ROWS), begin + tl.arange(0, COLUMNS // 2)
+            to = partial if partial is None else partial + tile // across * columns
+            _finish(left, row, column, bias_at, hidden_at, out_at, to, N, columns)
+            _finish(right, row, column + COLUMNS // 2, bias_at, hidden_at, out_at, to, N, columns)
 
     @triton.jit
     def _square_backward_kernel(

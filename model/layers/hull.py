@@ -106,7 +106,9 @@ class SwiGLUPetals(PetalGroup):
         nn.init.normal_(self.up, std=self.up.shape[-1] ** -0.5)
         self.down.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        if onto is not None:
+            return onto + self(x)
         if not self._runs:
             return self._sum(x, self.up, self.down)
         parts = []
@@ -166,10 +168,11 @@ class ConvexPetals(PetalGroup):
         self.down.zero_()
         self.log_tau.fill_(math.log(FIRST_TAU))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         flat, tau = x.reshape(-1, x.shape[-1]), self.log_tau.exp()
-        y = petals(flat, self.up, self.bias, self.down, tau, self._runs)
-        return y.to(x.dtype).view(x.shape)
+        onto = None if onto is None else onto.reshape(flat.shape)
+        y = petals(flat, self.up, self.bias, self.down, tau, self._runs, onto=onto)
+        return (y if onto is not None else y.to(x.dtype)).view(x.shape)
 
     def hulls(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The two convex functions, rising and falling: [..., D] → [..., D] each. For audits."""
@@ -269,11 +272,14 @@ class HullLayer(nn.Module):
         like = next(self.parameters())
         self.groups.append(group.to(like).train(self.training))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """With `onto` [..., D] the sum of it and the layer's output: one pass over memory less."""
+        if len(self.groups) == 1:
+            return self.groups[0](x, onto)
         y = self.groups[0](x)
         for group in self.groups[1:]:
             y = y + group(x)
-        return y
+        return y if onto is None else onto + y
 
 
 KINDS: dict[str, type[PetalGroup]] = {"convex": ConvexPetals, "swiglu": SwiGLUPetals}

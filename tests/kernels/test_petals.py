@@ -140,6 +140,49 @@ def test_inputs_that_lie_apart_that_want_nothing_and_that_are_none():
     assert empty["y"].shape == (0, 5) and not any(empty[name].any() for name in NAMES)
 
 
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=interpreter)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_the_result_is_added_to(impl, dtype):
+    """The sum has the bits that it would have apart, and its gradient goes to both.
+    In float16, to which the interpreter rounds as a card does."""
+    inputs, grad = case(4, 9, 6, 5)
+    onto = torch.stack([grad, grad], -1)[..., 0].to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        apart = results(lambda *t: petals(*t, impl=impl), inputs, grad.half())
+        found = results(lambda *t: petals(*t, impl=impl, onto=onto), inputs, grad.half())
+        petals(*inputs, impl=impl, onto=onto).backward(grad.to(dtype))
+        with torch.no_grad():
+            assert torch.equal(petals(*inputs, impl=impl, onto=onto), found["y"])
+    assert torch.equal(found.pop("y"), onto + apart["y"]) and torch.equal(onto.grad, grad.to(dtype))
+    for name in found:
+        torch.testing.assert_close(found[name], apart[name])
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=interpreter), pytest.param("cuda", marks=card)])
+@pytest.mark.parametrize("shape", [(3, 41, 32, 24, 20), (4, 8200, 512, 512, 512)])
+def test_products_of_our_own(device, shape, monkeypatch):
+    """Several tiles each way, those of positions and terms not full. In float16, which the interpreter multiplies."""
+    if (shape[1] > 1000) != (device == "cuda"):
+        pytest.skip("small shapes for the interpreter, the real one for a card")
+    inputs, grad = case(*shape, device=device)
+    runs = RUNS["some"] if shape[0] == 4 else [(0, 2, False), (2, 3, True)]
+
+    def run():
+        with torch.autocast(device, torch.float16):
+            return errors(inputs, grad, "triton", runs)
+
+    plain = run()
+    if device == "cpu":
+        monkeypatch.setattr(module, "TILE", (16, 16))
+        monkeypatch.setattr(module, "DEPTH", 16)
+    elif torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper card")
+    for name, value in (("OWN_PRODUCTS", "both"), ("BY_PETAL", True), ("square_", None), ("_square_backward_", None)):
+        monkeypatch.setattr(module, name, value)  # None: they are not called
+    found = run()
+    assert all(found[name] < 1.1 * plain[name] + 1e-4 for name in found), (found, plain)
+
+
 @interpreter
 def test_petals_asleep_save_the_products_of_their_gradients():
     """Forward 1, gradient of the input 1, of the weights 1: of 8 petals asleep 6 save 6/8 of the last third."""
