@@ -148,9 +148,10 @@ class ReplayRing(nn.Module):
         """
         if uniform is None:
             uniform = torch.rand(n, dtype=torch.float64, device=self.priority.device, generator=generator)
-        if uniform.shape != (n,):
+        elif uniform.shape != (n,):
             raise ValueError(f"uniform has shape {tuple(uniform.shape)}: accepted is ({n},)")
-        uniform = uniform.double().clamp(0, BELOW_ONE)
+        else:
+            uniform = uniform.double().clamp(0, BELOW_ONE)
         count = self.count()
         sums = self.priority[: self.size].cumsum(0, dtype=torch.float64)
         total = sums[-1]

@@ -258,28 +258,38 @@ class Genesis:
             told = F.pad(told, (0, 0, 0, len(rows) - B))
         logits = model.read_out(model.think(z, state, halts=halts), rows, writes, told)
         each = byte_cross_entropy(logits, rows, "none")
-        # One mean over all bytes, as in `model.loss`: a mean of means would round the gradients otherwise.
-        loss = each[:B].mean() if weights is None else weighted_mean(each[:B], is_text(weights))
-        self.loss.copy_(loss.detach())
-        main = self._main_loss(x, each[:B], weights, blocked)
-        each = each.mean(1)
-        self._row_losses = each.detach()
+        # Split, not two slices: their gradients would be two tensors of zeros, filled and added up.
+        ours, theirs = each.split([B, len(rows) - B]) if rehearses else (each, None)
+        main = self._main_loss(x, ours, weights, blocked)
+        loss = main
         if weights is not None:
-            # What is not finite is not remembered: tasks are made anew in every stage, and would be rehearsed as text.
-            unfit = self._row_losses[:B].masked_fill(has_tasks(weights), torch.inf)
-            self._row_losses = torch.cat([unfit, self._row_losses[B:]])
+            loss = weighted_mean(ours, is_text(weights))
+        elif self.surprises is not None:
+            loss = ours.mean()
+        if self.curve is not None:
+            self.loss.copy_(loss.detach())
+        if self._remembers(stage):
+            self._row_losses = ours.detach().mean(1)
+            if weights is not None:
+                # Not finite is not remembered: tasks are made anew in every stage, and would be rehearsed as text.
+                self._row_losses = self._row_losses.masked_fill(has_tasks(weights), torch.inf)
         if not rehearses:
             return loss, main
-        valid = valid.to(each.dtype)
-        replayed = (each[B:] * valid).sum() / valid.sum().clamp_min(1)
-        weights = (1.0, self.options.replay_weight)
-        if self.balance is not None:
-            weights = self._balanced(main, replayed, weights)
+        theirs, valid = theirs.mean(1), valid.to(each.dtype)
+        self._rehearsed_losses = theirs.detach()
+        replayed = (theirs * valid).sum() / valid.sum().clamp_min(1)
+        if self.balance is None:
+            return loss, torch.add(main, replayed, alpha=self.options.replay_weight)
+        weights = self._balanced(main, replayed, (1.0, self.options.replay_weight))
         return loss, weights[0] * main + weights[1] * replayed
+
+    def _remembers(self, stage: int) -> bool:
+        """Whether the batch of a stage is written to memory."""
+        return self.memory is not None and self.memory.written_by(stage) is not None
 
     def _main_loss(self, x: Tensor, each: Tensor, weights: Tensor | None, blocked: Tensor | None) -> Tensor:
         """x [B, L] and each byte's loss [B, L] → their mean, in which surprises that recur count more."""
-        if self.surprises is None:
+        if self.surprises is None:  # one mean over all bytes, as in `model.loss`: one of means would round otherwise
             return each.mean() if weights is None else weighted_mean(each, weights)
         self._surprising = surprising(each.detach())
         if blocked is not None:
@@ -381,8 +391,15 @@ class Genesis:
                 )
 
     @torch.no_grad()
-    def remember(self, finite: Tensor) -> None:
-        """Write the batch and its surprises to memory, anchor flagged units; nothing of it after a non-finite step."""
+    def remember(self, norm: Tensor) -> None:
+        """Write the batch and its surprises to memory, anchor flagged units; nothing of it after a step whose
+        gradients have a norm, a scalar, that is not finite."""
+        stage = int(self.stage)
+        by_loss = self.options.replay_priority == "loss"  # what is hard is rehearsed more
+        reprioritises = by_loss and self.memory is not None and self.memory.past(stage) > 0
+        if not (self.options.gated or reprioritises or self._remembers(stage)):
+            return
+        finite = norm.isfinite()
         if self.options.watches:
             masks = self._masks * finite
             self.importance.add_(masks)
@@ -391,16 +408,13 @@ class Genesis:
                 anchor_(self.model.anchors, masks, self.hidden, rate=ANCHOR_RATE, decay=decay, bias_max=ANCHOR_MAX)
         if self.surprises is not None:
             self.surprises.write(self._batch, self._surprising & finite)
-        if self.memory is None:
-            return
-        stage = int(self.stage)
-        losses = torch.where(finite, self._row_losses, torch.inf)  # memory takes nothing that is not finite
-        by_loss = self.options.replay_priority == "loss"  # what is hard is rehearsed more
-        if by_loss and self.memory.past(stage):
-            now = losses[len(self._batch) :].repeat_interleave(self._joined)
+        # Memory takes nothing that is not finite.
+        if reprioritises:
+            now = torch.where(finite, self._rehearsed_losses, torch.inf).repeat_interleave(self._joined)
             self.memory.reprioritise(*self._drawn, now, stage)
-        if (ring := self.memory.written_by(stage)) is not None:
-            hidden, targets, losses = self._entries(losses[: len(self._batch)])
+        if self._remembers(stage):
+            ring = self.memory.written_by(stage)
+            hidden, targets, losses = self._entries(torch.where(finite, self._row_losses, torch.inf))
             priority = losses if by_loss else torch.where(losses.isfinite(), 1.0, losses)
             ring.write(hidden[: ring.size], targets[: ring.size], priority[: ring.size])
 

@@ -852,13 +852,13 @@ def test_with_everything_on_it_learns(replay, amp_dtype):
         model.head.memory.output.weight.zero_()
     step = built(model, replay=replay, stages=3, replay_depth=1, amp_dtype=amp_dtype, **ALL)
     losses = []
-    for i, batch in enumerate(batches(36)):
-        if i in (12, 24):
-            step.genesis.enter_stage(i // 12)
+    for i, batch in enumerate(batches(24)):
+        if i in (8, 16):
+            step.genesis.enter_stage(i // 8)
         step.optimizer.set_lr(1e-2)
         losses.append(step.run(batch).item() / math.log(2))
     assert losses[0] == pytest.approx(8.0, abs=0.01)
-    assert sum(losses[-5:]) / 5 < 6.0
+    assert sum(losses[-5:]) / 5 < 4.5
     assert step.optimizer.skipped == 0
     assert all(tensor.isfinite().all() for tensor in state_of(step).values())
 
