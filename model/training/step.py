@@ -37,6 +37,7 @@ class TrainingStep:
             writing strengths; a device scalar. A full write costs 1, and a small one twice its size: it pays to write
             in full or not at all. What tasks tell and ask costs nothing (`is_told`): where they are rare, a price on
             facts outweighs what these are good for, and the gate shuts for good.
+        norm: of the last step's gradients before they were clipped, a device scalar.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class TrainingStep:
         self._has_text_heads = memory is not None and memory.heads > memory.facts
         self.ponder_cost = ponder_cost
         self.write_price = torch.zeros((), device=self.device)
+        self.norm = torch.zeros((), device=self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
         self._shape: tuple[int, ...] | None = None
         self._captured: torch.cuda.CUDAGraph | None = None
@@ -140,11 +142,11 @@ class TrainingStep:
         if genesis is not None:
             genesis.amplify()  # 5. amplifier, by the hidden gradients
             genesis.pace()  # learning rate by the novelty so far
-        norm = optimizer.clip(self.clip_norm)  # 6. clip; notes non-finite gradients
+        self.norm = optimizer.clip(self.clip_norm)  # 6. clip; notes non-finite gradients
         scaler.step(optimizer)  # 7. optimizer step, skipped on the device when they are; 3. consolidation, decoupled
         scaler.update()
         if genesis is not None:
-            genesis.remember(norm.isfinite())  # 8. replay write, anchors
+            genesis.remember(self.norm)  # 8. replay write, anchors
             genesis.note()  # 9. novelty
         return loss.detach()
 

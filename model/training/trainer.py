@@ -128,6 +128,7 @@ class Trainer:
         self.freezing = FreezingProcess()
         # Losses since the last reading; on the device, and in the checkpoint, so that a resumed curve is the same.
         self.losses = torch.zeros(LOG_EVERY, device=device)
+        self.norms = torch.zeros(LOG_EVERY, device=device)  # of gradients
         self.metrics = Metrics(self.out, self._empty_metrics(), writes=self.workers.is_main)
 
     def _checked_plan(self, config: AGIFormerConfig) -> tuple[GrowthStep, ...]:
@@ -331,6 +332,7 @@ class Trainer:
         if self.device.type == "cuda":
             batch, weights = (each if each is None else each.pin_memory() for each in (batch, weights))
         self.losses[self.step % LOG_EVERY] = self.training_step.run(batch, weights)
+        self.norms[self.step % LOG_EVERY] = self.training_step.norm
         self.step += 1
 
     def _batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -443,12 +445,13 @@ class Trainer:
         return learning_rate(step, options.steps, options.lr, options.warmup, options.decay)
 
     def _log(self) -> None:
-        """Read the losses since the last reading; one synchronisation."""
+        """Read the losses and the gradients' norms since the last reading; the host waits for the device."""
         index = self.curriculum.stage_at(self.step - 1, self.options.steps)
         stage = self.curriculum.stages[index]
         # Readings come at multiples of LOG_EVERY and at the ends of stages, so that no reading spans two stages.
         last = max((self.step - 1) // LOG_EVERY * LOG_EVERY, self.boundaries[index - 1] if index else 0)
-        losses = self.losses[[step % LOG_EVERY for step in range(last, self.step)]].double().mean()
+        read = [step % LOG_EVERY for step in range(last, self.step)]
+        losses, norms = self.losses[read].double().mean(), self.norms[read].double()
         self.workers.average_(losses)
         bpc = finite(losses.item() / math.log(2))
         skipped = int(self.training_step.optimizer.skipped.item())
@@ -462,7 +465,8 @@ class Trainer:
         self.training_seconds += now - self._clock[0]
         self._clock = (now, self.step)
         self._find_boom()
-        self.metrics.event("train", **row, bytes_per_second=round(speed), skipped_steps=skipped)
+        norms = {"gradient_norm": finite(norms.mean().item()), "largest_gradient_norm": finite(norms.max().item())}
+        self.metrics.event("train", **row, **norms, bytes_per_second=round(speed), skipped_steps=skipped)
         self.bar.update(self.step - self.bar.n)
         self.bar.set_postfix_str(
             f"{stage.name} α={stage.plasticity:g} bpc={'not finite' if bpc is None else f'{bpc:.3f}'} "
@@ -565,7 +569,8 @@ class Trainer:
 
     def _state_tensors(self) -> dict[str, torch.Tensor]:
         state = self.training_step.state_tensors() | self.crystallization.state_tensors()
-        own = {"losses": self.losses}  # what differs between workers: all of it is saved, each takes its own back
+        # What differs between workers: all of it is saved, each takes its own back.
+        own = {"losses": self.losses, "norms": self.norms}
         if self.device.type == "cuda":
             # Routers and replay draw from it inside the captured step. The CPU's follows from the seed and the step.
             own["random.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -603,6 +608,8 @@ class Trainer:
         if self.genesis is not None:
             self.genesis.load({name.removeprefix("genesis."): tensor for name, tensor in (tensors | own).items()})
         self.losses.copy_(own["losses"])
+        if "norms" in own:  # not in checkpoints of before norms were read
+            self.norms.copy_(own["norms"])
         for sampler, position in zip((*self.samplers, *self.slow_samplers), values["data"]):
             sampler.load_state_dict(position)
         self.step = values["step"]

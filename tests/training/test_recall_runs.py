@@ -2,6 +2,7 @@
 writing and thinking cost."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -56,6 +57,12 @@ def test_a_run_with_tasks_resumes_to_the_bit(curriculum, script, tmp_path, genes
         assert "write_price was times the share of tasks when this run began" in capsys.readouterr().err
     assert script("--resume", "--out", tmp_path / "parts", "--quiet", "--sample-bytes", 0) == 0
     assert identical(tmp_path / "whole", tmp_path / "parts")
+    last = [(tmp_path / run / "log_curriculum.jsonl").read_text("utf-8").splitlines() for run in ("whole", "parts")]
+    # The last reading is of steps before and after the stop.
+    last = [[row for row in map(json.loads, lines) if row["event"] == "train"][-1] for lines in last]
+    for name in ("gradient_norm", "largest_gradient_norm"):
+        assert last[0][name] == last[1][name] > 0
+    assert last[0]["gradient_norm"] < last[0]["largest_gradient_norm"]
     stages = metrics(tmp_path / "whole")["stages"]
     assert [stage["recall"]["share"] for stage in stages] == [0, 0.5]
 

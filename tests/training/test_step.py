@@ -1,5 +1,6 @@
 """The training step: it learns, skips on the device, scales for fp16, and its graph gives the eager numbers."""
 
+import copy
 import math
 
 import pytest
@@ -29,10 +30,24 @@ def test_it_learns_a_repeated_sentence(kind, amp_dtype):
         model.head.output.weight.zero_()
         model.head.memory.output.weight.zero_()
     step = TrainingStep(model, MuonAdamW(model, optimizer=kind, lr=1e-2), amp_dtype=amp_dtype)
-    losses = [step.run(batch).item() / math.log(2) for batch in batches(60)]
+    losses = [step.run(batch).item() / math.log(2) for batch in batches(25)]
     assert losses[0] == pytest.approx(8.0, abs=0.01)
-    assert sum(losses[-5:]) / 5 < 3.0
+    assert sum(losses[-5:]) / 5 < 2.0
     assert step.optimizer.skipped.item() == 0
+
+
+@pytest.mark.parametrize("amp_dtype", [None, torch.float16])
+def test_the_norm_is_that_of_the_gradients_before_they_are_clipped(amp_dtype):
+    model = make_random_model()
+    before = copy.deepcopy(model)
+    step = TrainingStep(model, MuonAdamW(model, lr=1e-3), amp_dtype=amp_dtype, clip_norm=1e-3)
+    (batch,) = batches(1)
+    step.run(batch)
+    with torch.autocast("cpu", amp_dtype, enabled=amp_dtype is not None):
+        before.loss(batch).backward()
+    squares = sum(p.grad.double().square().sum() for p in before.parameters() if p.grad is not None)
+    assert squares.sqrt() > 0.01
+    assert step.norm.item() == pytest.approx(squares.sqrt().item(), rel=1e-3 if amp_dtype is None else 2e-2)
 
 
 def test_float16_overflow_is_skipped_and_the_scale_falls():
@@ -90,8 +105,8 @@ def host_reads(step: TrainingStep, weights: torch.Tensor | None = None) -> tuple
 
 @pytest.mark.parametrize("tasks", [False, True])
 def test_the_step_never_reads_a_tensor_on_the_host(tasks):
-    """Nor with tasks, whose writing has a price, and short heads that are silent in them."""
-    model = make_random_model(recall_short_heads=int(tasks))
+    """Nor with tasks, whose writing has a price, and text heads that are not told what they tell."""
+    model = make_random_model(recall_text_heads=int(tasks))
     weights = torch.tensor([1.0, 1.0, 0.0, TOLD]).unsqueeze(1).repeat(1, 64) if tasks else None
     seen, reads = host_reads(TrainingStep(model, MuonAdamW(model, lr=1e-3), priced=tasks), weights)
     assert any("mm" in name for name in seen) and any("signbit" in name for name in seen) == tasks
@@ -121,7 +136,7 @@ def test_a_step_does_not_wait_for_the_device(amp_dtype):
 def test_captured_and_eager_steps_agree(amp_dtype, tasks):
     losses = []
     for graph in (False, True):
-        model = make_random_model(recall_short_heads=int(tasks)).cuda()
+        model = make_random_model(recall_text_heads=int(tasks)).cuda()
         step = TrainingStep(model, MuonAdamW(model, lr=1e-3), amp_dtype=amp_dtype, graph=graph, priced=tasks)
         step.write_price.fill_(0.5)
         run = []
