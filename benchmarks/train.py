@@ -294,8 +294,6 @@ class Kernel:
         """What it is: by its part where that says it, else by its name."""
         if self.part in (OPERATOR, ATTENTION, LOSS, OPTIMIZER, HEAD):
             return self.part
-        if self.name in OPERATOR_KERNELS:
-            return OPERATOR
         name = self.name.lower()
         return next((group for group, marks in KINDS if any(mark in name for mark in marks)), OTHER)
 
@@ -381,6 +379,11 @@ def kernels(events: list[dict[str, Any]], on_device: bool) -> list[Kernel]:
         part = node.part or forward.get(node.backward)
         return Kernel(name, microseconds / 1e6, part, "backward")
 
+    def of_device(name: str, microseconds: float, node: "_Node | None") -> Kernel:
+        found = kernel(name, microseconds, node)
+        # The memory's projection and rule are one operation, and only the rule's kernels are ours.
+        return replace(found, part=OPERATOR) if name in OPERATOR_KERNELS else found
+
     device = [span for span in spans if span.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if on_device and not device:
         raise ValueError("the profiler has seen no kernel; accepted is a system that lets it look at the device")
@@ -393,7 +396,7 @@ def kernels(events: list[dict[str, Any]], on_device: bool) -> list[Kernel]:
     for span in device:
         about = span.get("args", {})
         node = by_launch.get(about.get("correlation")) or by_id.get(about.get("External id"))
-        found.append(kernel(span["name"], span["dur"], node))
+        found.append(of_device(span["name"], span["dur"], node))
     return found
 
 
