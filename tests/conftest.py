@@ -1,7 +1,10 @@
 """Fixtures for all tests: tiny models whose every weight matters, one thread, and no cache but the test's own."""
 
+import contextlib
+import functools
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,48 @@ def patch_once_a_launch() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     patch_once_a_launch()
 
+
+def draw_nothing_on_meta() -> None:
+    """A checkpoint's model is made on the meta device first, where drawing weights gives none: PyTorch goes through
+    what each draw would be in Python, which is most of what loading a tiny model takes."""
+
+    def shaped(draw):
+        @functools.wraps(draw)
+        def drawn(tensor, *args, **settings):
+            return tensor if tensor.is_meta else draw(tensor, *args, **settings)
+
+        return drawn
+
+    for name in ("normal_", "uniform_", "kaiming_uniform_"):
+        setattr(torch.nn.init, name, shaped(getattr(torch.nn.init, name)))
+
+
+draw_nothing_on_meta()
+
+
+def pytest_configure(config) -> None:
+    """Where there are several workers each of them would rewrite the assertions of all test files, some ten seconds in
+    a fresh clone: each writes the byte code of its share, and reads what the others have written."""
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if count > 1 and not sys.dont_write_bytecode:
+        with contextlib.suppress(ImportError, AttributeError, TypeError, OSError):  # another version's rewriting
+            rewrite_share(config, int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")), count)
+
+
+def rewrite_share(config, index: int, count: int) -> None:
+    from _pytest.assertion import rewrite
+
+    state = config.stash[rewrite.assertstate_key]
+    places = [config.invocation_params.dir / arg.partition("::")[0] for arg in config.args]
+    files = [file for place in places for file in (place.rglob("test_*.py") if place.is_dir() else [place])]
+    for file in sorted(files, key=lambda file: (-file.stat().st_size, file))[index::count]:
+        folder = rewrite.get_cache_dir(file)
+        cached = folder / f"{file.stem}{rewrite.PYC_TAIL}"
+        if rewrite.try_makedirs(folder) and rewrite._read_pyc(file, cached) is None:
+            status, code = rewrite._rewrite_test(file, config)
+            rewrite._write_pyc(state, code, status, cached)
+
+
 TINY = {
     "d_model": 32, "n_layers": 2, "n_heads": 2, "byte_dim": 16, "window": 8, "ffn_dim": 48, "reasoning_dim": 48,
     "head_dim": 32, "recall_heads": 2, "recall_dim": 8, "recall_key_dim": 8, "recall_span": 3,
@@ -65,7 +110,8 @@ def fork(work) -> int:
             work()
             code = 0
         except BaseException as error:
-            print(f"child: {error!r}", file=sys.__stderr__, flush=True)
+            traceback.print_exception(error, file=sys.__stderr__)
+            sys.__stderr__.flush()
         finally:
             os._exit(code)
     return pid

@@ -23,9 +23,10 @@ ALL = RecallOptions(1.0)
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@cache
 def text(length: int, seed: int = 0) -> bytes:
-    rng = random.Random(seed)
-    made = " ".join(rng.choice(WORDS.split()) for _ in range(length)).encode()
+    rng, words = random.Random(seed), WORDS.split()
+    made = " ".join(rng.choice(words) for _ in range(length // 3 + 1)).encode()  # each is two letters at the least
     return made[:length]
 
 
@@ -33,6 +34,7 @@ def batch(rows: int = 8, length: int = 1024) -> torch.Tensor:
     return torch.stack([torch.tensor(list(text(length, seed)), dtype=torch.uint8) for seed in range(rows)])
 
 
+@cache
 def rows(task: str, length: int, difficulty: float, count: int = 40, options: RecallOptions = ALL):
     return [
         make_row(text(length, seed), task, options, difficulty, random.Random(f"{task}/{seed}"))

@@ -355,7 +355,7 @@ def test_the_buffer_evicts_as_its_ring_does(eviction):
 def test_a_reservoir_keeps_every_entry_with_the_same_probability(b):
     """6 of 30 for each of them, first and last, whether they come alone or in batches."""
     generator = torch.Generator().manual_seed(6)
-    trials, stream, counts = 200 if b == 1 else 600, 30, Counter()
+    trials, stream, counts = 120 if b == 1 else 300, 30, Counter()
     for _ in range(trials):
         ring = ReplayRing(6, (1,), (), target_dtype=torch.int64, eviction="reservoir")
         for start in range(0, stream, b):

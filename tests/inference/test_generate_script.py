@@ -19,6 +19,7 @@ from model.genesis.__main__ import main as genesis
 from model.genesis.gate.classifier import HiddenStateGate, gate_path
 from model.genesis.gate.policy import load_policy
 from model.inference.generate import generate
+from tests.conftest import fork
 
 SCRIPT = Path(__file__).parents[2] / "generate.py"
 # The script must not need a UTF-8 locale.
@@ -61,19 +62,65 @@ def call(folder, capsys, monkeypatch):
     return run
 
 
-def expected(model, prompt: bytes, row: int = 0, **arguments) -> str:
-    data = b"".join(piece.data for piece in generate(model, prompt, **arguments) if piece.row == row)
-    return data.decode("utf-8")
+def expected(model, prompt: bytes, **arguments) -> str:
+    (text,) = expected_rows(model, prompt, **arguments)
+    return text
+
+
+def expected_rows(model, prompt: bytes, *, batch: int = 1, **arguments) -> list[str]:
+    data = [b""] * batch
+    for piece in generate(model, prompt, batch=batch, **arguments):
+        data[piece.row] += piece.data
+    return [each.decode("utf-8") for each in data]
 
 
 def start(folder, *arguments, **options):
     return subprocess.Popen(
         [sys.executable, SCRIPT, *arguments], cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options,
+        stderr=subprocess.PIPE, **options,
     )  # fmt: skip
 
 
+class Forked:
+    """generate.py in a fork, which need not import PyTorch again, with streams of its own that take ASCII alone.
+
+    out: where its stdout goes, or None for a pipe; stdout, stderr: what comes out of it.
+    """
+
+    def __init__(self, folder, *arguments: str, out: int | None = None):
+        stdout, stderr = os.pipe(), os.pipe()
+
+        def work():
+            os.chdir(folder)
+            for fd, end in ((1, stdout[1] if out is None else out), (2, stderr[1])):
+                os.dup2(end, fd)
+            for end in (*stdout, *stderr):
+                os.close(end)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.stdout, sys.stderr = (os.fdopen(fd, "w", encoding="ascii") for fd in (1, 2))
+            try:
+                code = script.main([*arguments, "--threads", "1", "--device", "cpu"])
+            except SystemExit as exit:
+                code = exit.code
+            sys.stdout.flush()  # as the interpreter does at its end
+            sys.stderr.flush()
+            os._exit(code)
+
+        self.pid = fork(work)
+        for end in (stdout[1], stderr[1]):
+            os.close(end)
+        self.stdout, self.stderr = os.fdopen(stdout[0], "rb"), os.fdopen(stderr[0], "rb")
+
+    def end(self) -> tuple[int, bytes]:
+        """(its exit code, what it wrote to stderr)."""
+        self.stdout.close()
+        with self.stderr:
+            err = self.stderr.read()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), err
+
+
 def test_bare_name_and_raw_stdin_in_a_c_locale(folder, tiny_model):
+    """As a process of its own."""
     prompt = "ılık".encode() + b"\xff\n"
     arguments = ["tiny.safetensors", "--max-bytes", "60", "--seed", "5", "--temperature", "1.2", "--threads", "1"]
     process = start(folder, *arguments, stdin=subprocess.PIPE)
@@ -86,23 +133,22 @@ def test_bare_name_and_raw_stdin_in_a_c_locale(folder, tiny_model):
 
 def test_ctrl_c_and_a_closed_pipe(folder):
     """Both in the middle of a stream that would go on for hours; text comes before the end."""
-    arguments = ["tiny.safetensors", "--max-bytes", "100000000", "--prompt", "x", "--threads", "1"]
-    interrupted, closed = start(folder, *arguments), start(folder, *arguments)
+    arguments = ["tiny.safetensors", "--max-bytes", "100000000", "--prompt", "x"]
+    interrupted, closed = Forked(folder, *arguments), Forked(folder, *arguments)
     assert interrupted.stdout.read(20) and closed.stdout.read(20)
-    interrupted.send_signal(signal.SIGINT)
-    closed.stdout.close()
-    _, err = interrupted.communicate(timeout=60)
-    assert interrupted.returncode == 130 and b"Traceback" not in err and b"stopped" in err
-    assert closed.wait(timeout=60) == 0 and closed.stderr.read() == b""
-    closed.stderr.close()
+    os.kill(interrupted.pid, signal.SIGINT)
+    interrupted.stdout.read()
+    code, err = interrupted.end()
+    assert code == 130 and b"Traceback" not in err and b"stopped" in err
+    assert closed.end() == (0, b"")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")
 def test_a_full_disk_is_one_line(folder):
-    with open("/dev/full", "wb") as full:
-        arguments = [sys.executable, SCRIPT, "tiny.safetensors", "--prompt", "x", "--threads", "1"]
-        found = subprocess.run(arguments, cwd=folder, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, timeout=60)
-    assert found.returncode == 1 and found.stderr == b"generate.py: error: stdout: No space left on device\n"
+    full = os.open("/dev/full", os.O_WRONLY)
+    process = Forked(folder, "tiny.safetensors", "--prompt", "x", out=full)
+    os.close(full)
+    assert process.end() == (1, b"generate.py: error: stdout: No space left on device\n")
 
 
 def test_too_little_memory_is_one_line(call, monkeypatch):
@@ -154,14 +200,14 @@ def test_every_option_reaches_the_model(call, tiny_model):
 
 
 def test_batches_are_printed_whole_and_in_order(call, tiny_model):
-    texts = [expected(tiny_model(), b"x", row, max_bytes=40, seed=2, batch=3) for row in range(3)]
+    texts = expected_rows(tiny_model(), b"x", max_bytes=40, seed=2, batch=3)
     code, out, err = call("tiny.safetensors", "--prompt", "x", "--max-bytes", "40", "--seed", "2", "--batch", "3")
     assert code == 0 and out == "".join(text + "\n" for text in texts)
     assert err.splitlines()[:3] == [f"--- sample {i} of 3 ---" for i in (1, 2, 3)]
 
 
 def test_any_bytes_come_out_as_replacement_characters(call):
-    arguments = ["tiny.safetensors", "--prompt", "x", "--seed", "2", "--temperature", "2"]
+    arguments = ["tiny.safetensors", "--prompt", "x", "--seed", "2", "--temperature", "2", "--max-bytes", "60"]
     assert "\ufffd" in call(*arguments, "--any-bytes")[1]
     assert "\ufffd" not in call(*arguments)[1]
 
@@ -364,12 +410,11 @@ ARGUMENTS = {"max_bytes": 60, "seed": 3, "batch": 3, "stop": [b"~"]}
 
 def test_the_classifier_beside_the_checkpoint_is_used(call, classified, tiny_model):
     def texts(**arguments):
-        prompt = "ığ".encode()
-        return "".join(expected(tiny_model(), prompt, row, **ARGUMENTS, **arguments) + "\n" for row in range(3))
+        return "".join(text + "\n" for text in expected_rows(tiny_model(), "ığ".encode(), **ARGUMENTS, **arguments))
 
     gate = HiddenStateGate.load(gate_path(classified), tiny_model())
-    lowered, blocked = texts(classifier=gate), texts(classifier=gate, classifier_mode="block")
-    assert len({lowered, blocked, texts()}) == 3
+    lowered, blocked, free = texts(classifier=gate), texts(classifier=gate, classifier_mode="block"), texts()
+    assert len({lowered, blocked, free}) == 3
     log = classified.parent / "gate_log.jsonl"
     for options, text in (([], lowered), (["--classifier", "lower"], lowered), (["--classifier", "block"], blocked)):
         code, out, err = call(str(classified), *COMMON, *options)
@@ -378,7 +423,7 @@ def test_the_classifier_beside_the_checkpoint_is_used(call, classified, tiny_mod
         assert ("; ended by the classifier: " in err) == (text == blocked)
         log.unlink()
     code, out, err = call(str(classified), *COMMON, "--classifier", "off")
-    assert (code, out) == (0, texts()) and "classifier" not in err and not log.exists()
+    assert (code, out) == (0, free) and "classifier" not in err and not log.exists()
 
 
 def test_off_does_not_concern_the_policy(call, classified, tmp_path):

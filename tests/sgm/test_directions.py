@@ -225,7 +225,7 @@ def test_protected_outputs_stay_and_new_ones_change(locks, options):
     directions.protect(directions.inputs(start, old))
     within = directions.within(directions.inputs(start, new), learner.locked)
     target = before[1] + torch.randn(5, 100)
-    learned = learner.learn(new, target, evaluations=1_500, free=free, within=within)
+    learned = learner.learn(new, target, evaluations=800, free=free, within=within)
     assert learned.after < 0.9 * learned.before
     after = outputs(population, learner.values, old), outputs(population, learner.values, new)
     change = (after[0] - before[0]).abs().max(), (after[1] - before[1]).abs().max()
@@ -233,7 +233,7 @@ def test_protected_outputs_stay_and_new_ones_change(locks, options):
     assert torch.equal(learner.values[learner.locked], start[learner.locked])
     # Without it, a step as large is seen by the old inputs.
     plain = Learner(population, LearnerOptions(population=16, **options), locked=learner.locked)
-    plain.learn(new, target, evaluations=1_500, free=free)
+    plain.learn(new, target, evaluations=800, free=free)
     assert (outputs(population, plain.values, old) - before[0]).abs().max() > 0.03
 
 

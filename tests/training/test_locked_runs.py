@@ -1,6 +1,8 @@
 """`train_curriculum.py --locks FOLDER`: gradients train what tasks have left free, and the folder goes on with it."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,17 +29,22 @@ def no_plot(monkeypatch):
     monkeypatch.setattr(Trainer, "plot", lambda self: None)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder that has learned one task."""
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """A folder that has learned one task; to be copied."""
     model = make_random_model(n_layers=1, head_dim=64)
-    path = tmp_path / "sgm"
+    path = tmp_path_factory.mktemp("learned") / "sgm"
     options = LifelongOptions(learns=("blocks.0.output.weight",), energy=0.5)
     with LifelongLearner.create(path, model, options, lock=LOCK) as lifelong:
         lifelong.learn(TASKS[0], evaluations=64)
         for name in options.learns:
             assert lifelong.store.locked[lifelong.store.range_of(name)].any()
     return path
+
+
+@pytest.fixture
+def folder(learned, tmp_path):
+    return Path(shutil.copytree(learned, tmp_path / "sgm"))
 
 
 def weights(model) -> torch.Tensor:

@@ -277,15 +277,31 @@ def test_kill_in_the_middle_always_leaves_something_to_resume(whole_run, curricu
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_two_workers_share_a_run(curriculum, environment, tmp_path):
-    def work():  # as `python -m torch.distributed.run` does, which would have to import torch once more
-        from torch.distributed.run import main
+def test_two_workers_share_a_run(script, curriculum, environment, tmp_path):
+    """As torchrun has them; but it forks them, where a fork can train, and none has to import torch."""
+    arguments = [*RUN, "--curriculum", curriculum, "--steps", 6, "--out", tmp_path / "out"]
 
+    def worker():
+        sys.stdout = os.fdopen(1, "w")
+        code = script(*arguments)
+        sys.stdout.flush()
+        return code
+
+    def work():
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        signal.alarm(120)
         os.environ |= environment
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(tmp_path / name, os.O_WRONLY | os.O_CREAT), number)
-        arguments = [*RUN, "--curriculum", curriculum, "--steps", 6, "--out", tmp_path / "out"]
-        main(["--standalone", "--nproc-per-node", "2", *command(*arguments)[1:]])
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=0, monitor_interval=0.05, start_method="fork",
+            rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test",
+        )  # fmt: skip
+        if torch.cuda.is_available():
+            elastic_launch(config, sys.executable)(*command(*arguments)[1:])
+        else:
+            assert elastic_launch(config, worker)() == {0: 0, 1: 0}
 
     code = os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1])
     assert code == 0, (tmp_path / "stderr").read_text()

@@ -20,7 +20,7 @@ from model.inference.generate import generate
 from model.inference.sampling import sample
 from model.inference.stream import ByteStream
 from model.inference.text import Utf8Constraint, unfinished
-from tests.conftest import TINY
+from tests.conftest import TINY, make_random_model
 
 SAFE = [word.encode() for word in ("sun", "tea", "leaf", "çay", "göl", "🌱")]
 UNSAFE = [word.encode() for word in ("war", "kan", "stab", "ölü", "blood", "🔪")]
@@ -50,9 +50,9 @@ def labelled_texts(seed, count, share):
 
 @pytest.fixture(scope="module")
 def writer_model():
-    """A tiny model that has learned to write both kinds of words, in runs."""
+    """A tiny model that has learned to write both kinds of words, in runs; without the parts that take long."""
     torch.manual_seed(0)
-    model = AGIFormer(AGIFormerConfig(**TINY))
+    model = AGIFormer(AGIFormerConfig(**TINY | {"recall_heads": 0, "thinking_steps": 1}))
     steps, length = 100, 64
     optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
@@ -98,9 +98,9 @@ def unsafe_share(texts):
 
 
 def test_guarded_generation_says_less_that_is_unsafe(writer_model, word_gate):
-    prompts = [b"sun tea "] * 96
-    alone = write_patches(make_writer(writer_model, word_gate, prompts, tries=0), 40)
-    guarded = write_patches(make_writer(writer_model, word_gate, prompts, tries=4), 40)
+    prompts = [b"sun tea "] * 64
+    alone = write_patches(make_writer(writer_model, word_gate, prompts, tries=0), 24)
+    guarded = write_patches(make_writer(writer_model, word_gate, prompts, tries=4), 24)
     assert unsafe_share(alone[1]) > 0.35
     assert unsafe_share(guarded[1]) < 0.8 * unsafe_share(alone[1])
     rejected = [torch.stack([patch.rejected for patch in patches]).float().mean() for patches, _ in (alone, guarded)]
@@ -120,19 +120,21 @@ def test_rows_that_pass_say_what_they_would_say_alone(writer_model, word_gate):
     assert guarded != alone
 
 
-@pytest.mark.parametrize("prompt", [b"sun tea ", b"sun tea \xc3", b"sun t", b""])
-def test_the_state_after_a_patch_is_that_of_its_bytes(writer_model, word_gate, prompt):
-    """Also for a prompt that ends inside a patch, and inside a character."""
-    gate = with_threshold(word_gate, -1.0)
-    writer = make_writer(writer_model, gate, [prompt] * 8, tries=3, temperature=1.5)
+@pytest.mark.parametrize(
+    "prompt, drawn", [(b"sun tea ", False), (b"sun tea \xc3", False), (b"sun t", False), (b"sun t", True), (b"", False)]
+)
+def test_the_state_after_a_patch_is_that_of_its_bytes(writer_model, word_gate, prompt, drawn):
+    """Also for a prompt that ends inside a patch, and inside a character; and for a model with all its parts."""
+    model, gate = make_random_model() if drawn else writer_model, with_threshold(word_gate, -1.0)
+    writer = make_writer(model, gate, [prompt] * 8, tries=3, temperature=1.5)
     patches, texts = write_patches(writer, 5)
     assert any(patch.banned.any() for patch in patches)
     assert {patch.data.shape[1] for patch in patches[1:]} == {4} and patches[0].data.shape[1] == 4 - len(prompt) % 4
     whole = [prompt + text for text in texts]
-    fresh = GuardedStream(writer_model, gate, 8)
+    fresh = GuardedStream(model, gate, 8)
     fresh.feed(as_bytes(*whole))
     assert torch.allclose(writer.stream.logits(), fresh.logits(), atol=1e-4)
-    scored = GuardedStream(writer_model, gate, 8).score(as_bytes(*whole))[:, len(prompt) :]
+    scored = GuardedStream(model, gate, 8).score(as_bytes(*whole))[:, len(prompt) :]
     assert torch.allclose(torch.cat([patch.logits for patch in patches], 1), scored, atol=1e-4)
     assert torch.allclose(patches[-1].risk, fresh.risk, atol=1e-4) and torch.equal(patches[-1].risk, writer.stream.risk)
     assert torch.equal(patches[-1].rejected, patches[-1].risk > gate.threshold)
@@ -169,9 +171,9 @@ def test_of_rejected_tries_the_least_risky_stays(writer_model, word_gate):
 
 
 def test_a_greedy_choice_is_drawn_otherwise(writer_model, word_gate):
-    prompts = [b"war kan "] * 4
-    alone = write_patches(make_writer(writer_model, word_gate, prompts, tries=0, temperature=0), 30)[1]
-    guarded = write_patches(make_writer(writer_model, word_gate, prompts, tries=4, temperature=0), 30)[1]
+    prompts, gate = [b"war kan "] * 4, with_threshold(word_gate, -math.inf)
+    alone = write_patches(make_writer(writer_model, gate, prompts, tries=0, temperature=0), 15)[1]
+    guarded = write_patches(make_writer(writer_model, gate, prompts, tries=4, temperature=0), 15)[1]
     assert len(set(alone)) == len(set(guarded)) == 1 and alone != guarded
 
 
@@ -229,7 +231,7 @@ BATCH = 4
 ROWS = BATCH * len(PROMPTS)
 
 
-def written(model, gate=None, prompts=PROMPTS, batch=BATCH, max_bytes=32, seed=1, **arguments):
+def written(model, gate=None, prompts=PROMPTS, batch=BATCH, max_bytes=24, seed=1, **arguments):
     """(bytes, why it finished) of each row."""
     data, finished = [b""] * (len(prompts) * batch), [None] * (len(prompts) * batch)
     for piece in generate(model, prompts, batch=batch, max_bytes=max_bytes, seed=seed, classifier=gate, **arguments):
@@ -273,13 +275,13 @@ def test_rows_that_never_fire_say_what_they_would_without_it(writer_model, word_
 def test_a_guarded_row_depends_on_neither_max_bytes_nor_other_rows_ends(writer_model, word_gate, mode):
     gate = with_threshold(word_gate, 0.7)
     arguments = {"any_bytes": True, "classifier_mode": mode}
-    long = written(writer_model, gate, max_bytes=28, **arguments)
-    short = written(writer_model, gate, max_bytes=14, **arguments)
-    assert [data[:14] for data, _ in long] == [data for data, _ in short]
-    assert written(writer_model, max_bytes=28, any_bytes=True) != long
+    long = written(writer_model, gate, max_bytes=20, **arguments)
+    short = written(writer_model, gate, max_bytes=10, **arguments)
+    assert [data[:10] for data, _ in long] == [data for data, _ in short]
+    assert written(writer_model, max_bytes=20, any_bytes=True) != long
     for row in [i for i, (data, _) in enumerate(long) if len(data) > 9][::6]:
         stop = long[row][0][4:9]
-        stopped = written(writer_model, gate, max_bytes=28, stop=[stop], **arguments)
+        stopped = written(writer_model, gate, max_bytes=20, stop=[stop], **arguments)
         assert stopped[row] == (long[row][0][:4], "stop")
         for one, other in zip(stopped, long):
             assert one == other or (one[1] == "stop" and one[0] == other[0][: other[0].index(stop)])
@@ -287,7 +289,7 @@ def test_a_guarded_row_depends_on_neither_max_bytes_nor_other_rows_ends(writer_m
 
 def test_blocked_rows_end_before_the_patch_that_was_rejected(writer_model, word_gate):
     gate = with_threshold(word_gate, 0.4)
-    arguments = {"max_bytes": 44, "any_bytes": True}
+    arguments = {"max_bytes": 32, "any_bytes": True}
     lowered = written(writer_model, gate, **arguments)
     blocked = written(writer_model, gate, classifier_mode="block", **arguments)
     ended = [row for row, (_, why) in enumerate(blocked) if why == "gate"]
@@ -338,7 +340,8 @@ def test_the_log_tells_the_classifier_from_the_policy(writer_model, word_gate, t
     """Each line is recomputed from the text that was given out: rejected tries leave none of the policy's."""
     policy = Policy((Rule("c", "phrase:an", "phrase", "an", False), Rule("c", "phrase:e", "phrase", "e", False)))
     log = GateLog(tmp_path / "log", with_text=True)
-    texts = written(writer_model, with_threshold(word_gate, 0.7), policy=policy, log=log, any_bytes=True)
+    guard = with_threshold(word_gate, 0.7)
+    texts = written(writer_model, guard, max_bytes=32, policy=policy, log=log, any_bytes=True)
     lines = list(read_log(log.path))
     assert log.counts == {"classifier": sum(each.category == "classifier" for each in lines), "c": log.counts["c"]}
     assert 10 < log.counts["classifier"] < len(lines) - 10
