@@ -129,6 +129,8 @@ class _ByteHead(torch.autograd.Function):
             flat = states[1:].view(P * N, C)
             of_output = product(of_y.t(), flat, weight_type)
             of_output_bias = sums.sum(0).to(weight_type)
+            if not any(ctx.needs_input_grad[:9]):
+                return (None,) * 9 + (of_output, of_output_bias, None, None, None)
             grad = of_y.mm(last).view(P, N, C)
             # Of the candidate's input, and of the product's three parts, of which two are the inputs' too: the gradient
             # of the inputs is the first three quarters, that of the product the last three.

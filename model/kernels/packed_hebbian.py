@@ -14,7 +14,10 @@ Notable:
   on its way is held in two halves; nothing is transposed but by its addresses, or while it is parts.
 - Products keep 22 of float32's 24 bits: a number is the sum of two of float16, its parts, and three products of parts
   are added in float32. Parts are made once, where they are loaded. A tile is scaled by a power of two to 2¹⁴, from its
-  largest number or a bound of it; numbers below 2⁻³⁸ of that are lost. A tile with an infinity or NaN is NaN. Two
+  largest number or a bound of it; numbers below 2⁻³⁸ of that are lost. A tile with an infinity or NaN is NaN, and
+  earlier steps of a chunk are rounded by the size of later ones. Normal numbers do not notice: pre-activations up to
+  N(−6, 4) or N(0, 8) are right to 6e-7. But where all of a step's φ are below 1e-6 of its chunk's, that step's output
+  has 6e-6 (at 1e-7 6e-5, worse in its keys' gradient), and a channel of 3e3 in q and k costs its chunk 1e-5. Two
   parts of bfloat16 would need no scale, but have 16 bits: 1.2e-5 in the gradient of q, where 1e-5 is allowed. Two of
   TF32 are as exact in twice the instructions and bytes: 1.2 to 1.5 times the time, measured on an H200.
 - Normalisers are kept inverted: a division costs as much as many products.
@@ -111,6 +114,8 @@ def log_decays(gates: Tensor, plasticity: Tensor) -> Tensor:
 def suits(x: Tensor, n_heads: int, E: int, *others: Tensor) -> bool:
     """Whether "auto" takes the kernels for heads made of x [B, T, ...] of any float type; others: what goes with it."""
     if triton is None or not x.is_cuda or x.dtype == torch.float64 or batched(x, *others):
+        return False
+    if torch.version.hip:  # `pin` is NVIDIA's assembler
         return False
     return E <= WIDEST and x.shape[1] >= SHORTEST and x.shape[0] * n_heads >= PROGRAMS
 

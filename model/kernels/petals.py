@@ -24,9 +24,12 @@ from model.kernels.transforms import apply, batched, check_impl
 try:
     import triton
     import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # the PyTorch form does everywhere
     triton = None
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # only `OWN_PRODUCTS` wants it
+    TensorDescriptor = None
 
 ROWS, STEP, COLUMNS = 64, 4, 512  # of the pass over h: a program's positions, those of one tile, its hidden units
 OWN_PRODUCTS = ""  # "forward", "backward", "both": which products towards h are ours, on cards with TMA and wgmma

@@ -152,7 +152,7 @@ class ByteMemory(nn.Module):
 
     def _spans_with(self, marked: Tensor) -> Tensor:
         """[B, L] bool: whether one of the N bytes before each is marked, which are what is written there."""
-        return F.max_pool1d(F.pad(marked[:, :-1].float(), (self.span, 0)), self.span, 1) > 0
+        return F.pad(marked[:, :-1], (self.span, 0)).unfold(1, self.span, 1).any(-1)
 
     def _begin(self, k: Tensor, previous: Tensor) -> ByteMemoryState:
         """The state before a text whose keys are k [B, H, L, K]: nothing has been read or written."""

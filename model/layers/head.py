@@ -20,6 +20,8 @@ class LocalAutoregressiveHead(nn.Module):
 
     Attributes:
         memory: votes beside the GRU by what it has read (`ByteMemory`), or None.
+        joined: whether states and logits may be one operation (`byte_head`). Its backward pass is all of it, so not
+            where the gradient of `output` is asked for by itself.
     """
 
     def __init__(self, d_model: int, head_dim: int, memory: ByteMemory | None = None):
@@ -32,6 +34,7 @@ class LocalAutoregressiveHead(nn.Module):
         self.d_model = d_model
         self.columns = nn.ModuleList()  # what reads the channels of added columns: `add_column`
         self.memory = memory
+        self.joined = True
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -80,7 +83,7 @@ class LocalAutoregressiveHead(nn.Module):
         logits [B, T, P, 256]. To `writes`, if given, the memory's writing strengths [B, H, T · P] are appended;
         `told` [B, T · P] bool marks bytes of which its text heads write nothing down."""
         layers = self.initial, self.condition, self.recurrent, self.output
-        if not self.columns and byte_head.fits(latents, previous, self.bytes.weight, layers):
+        if self.joined and not self.columns and byte_head.fits(latents, previous, self.bytes.weight, layers):
             normed, remember = rms_norm(latents.contiguous()), self.memory is not None
             logits, hidden = byte_head.byte_head(normed, previous, self.bytes.weight, layers, NORM_EPS, states=remember)
         else:

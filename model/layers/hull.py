@@ -275,7 +275,7 @@ class HullLayer(nn.Module):
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """With `onto` [..., D] the sum of it and the layer's output: one pass over memory less."""
         if len(self.groups) == 1:
-            return self.groups[0](x, onto)
+            return self.groups[0](x) if onto is None else self.groups[0](x, onto)
         y = self.groups[0](x)
         for group in self.groups[1:]:
             y = y + group(x)

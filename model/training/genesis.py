@@ -229,6 +229,7 @@ class Genesis:
         what is rehearsed has no tasks.
         """
         model, stage = self.model, int(self.stage)
+        model.head.joined = self.balance is None  # which asks for the gradient of the head's last layer alone
         rehearses = self.memory is not None and self.memory.past(stage) > 0
         point, stored = self.replay_point, self.options.replay == "stored"
         B, rows, joined = len(x), x, None

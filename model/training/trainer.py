@@ -1,6 +1,7 @@
 """The trainer: a curriculum run from its first step to its report, stoppable and resumable at any step."""
 
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -465,7 +466,8 @@ class Trainer:
         self.training_seconds += now - self._clock[0]
         self._clock = (now, self.step)
         self._find_boom()
-        norms = {"gradient_norm": finite(norms.mean().item()), "largest_gradient_norm": finite(norms.max().item())}
+        norms = norms[norms.isfinite()].tolist()  # of steps that were not skipped
+        norms = {"gradient_norm": statistics.fmean(norms), "largest_gradient_norm": max(norms)} if norms else {}
         self.metrics.event("train", **row, **norms, bytes_per_second=round(speed), skipped_steps=skipped)
         self.bar.update(self.step - self.bar.n)
         self.bar.set_postfix_str(
@@ -608,8 +610,7 @@ class Trainer:
         if self.genesis is not None:
             self.genesis.load({name.removeprefix("genesis."): tensor for name, tensor in (tensors | own).items()})
         self.losses.copy_(own["losses"])
-        if "norms" in own:  # not in checkpoints of before norms were read
-            self.norms.copy_(own["norms"])
+        self.norms.copy_(own.get("norms", torch.tensor(torch.nan)))  # not in checkpoints of before norms were read
         for sampler, position in zip((*self.samplers, *self.slow_samplers), values["data"]):
             sampler.load_state_dict(position)
         self.step = values["step"]

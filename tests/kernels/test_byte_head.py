@@ -11,6 +11,7 @@ from torch import nn
 
 from model.kernels import byte_head, gru
 from model.kernels.byte_head import sums_by_byte
+from model.kernels.products import product
 from model.layers.byte_memory import ByteMemory
 from model.layers.head import LocalAutoregressiveHead
 
@@ -149,6 +150,20 @@ def test_the_head_is_the_same_by_kernels(remembers, monkeypatch):
         assert (x is None) == (y is None)
         if x is not None:
             torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-4 * x.abs().max().item())
+    head.joined = False
+    assert torch.equal(head(latents, previous), found[0][0]) and len(ran) == 1
+    head.joined = True
+    if not remembers:  # with all but the output asleep its gradient is the same, and nobody else's is made
+        products = []
+        monkeypatch.setattr(byte_head, "product", lambda *a: (products.append(1), product(*a))[1])
+        for name, parameter in head.named_parameters():
+            parameter.requires_grad_(name.startswith("output"))
+        gradients = torch.autograd.grad(head(latents, previous).square().mean(), list(head.output.parameters()))
+        names = [name for name, _ in head.named_parameters()]
+        for name, gradient in zip(("output.weight", "output.bias"), gradients):
+            torch.testing.assert_close(gradient, found[1][1 + names.index(name)])
+        assert len(products) == 1 and len(ran) == 2
+        ran.pop()
     head.add_column(2)  # which the operation does not know
     assert head(torch.randn(2, 3, 14), previous).shape == (2, 3, 4, 256) and len(ran) == 1
 

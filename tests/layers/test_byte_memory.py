@@ -86,6 +86,7 @@ def test_it_is_the_formula_in_float64(rule, span, text):
     told[0, 20], told[0, 40:60], told[1, 0], told[1, 89] = True, True, True, True
     found, _ = memory(hidden, previous, told=told)
     expected = reference(memory, hidden, previous, told)
+    assert memory(hidden[:0], previous[:0], told=told[:0])[0].shape == (0, 90, 256)
     if text:
         assert (expected - reference(memory, hidden, previous)).abs().max() > 0.1
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)

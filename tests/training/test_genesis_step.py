@@ -730,6 +730,7 @@ def test_the_balance_is_gradnorm_at_the_layer_shared_last():
     model = make_random_model()
     step = rehearsing(model, replay="recomputed", replay_rows=2, replay_weight=0.25, balance=True)
     assert step.genesis.balance.weights.tolist() == [1.0, 1.0]  # nothing to balance in the first stage
+    assert not model.head.joined  # its output's gradient is asked for by itself
     initial = None
     factors = torch.ones(2)
     for batch in batches(4):
