@@ -156,6 +156,12 @@ def tiny_model():
 
 
 @pytest.fixture(scope="session")
+def light_model(tiny_model) -> AGIFormer:
+    """For what hangs on bytes being written and not on what writes them: less than half of `tiny_model()`'s time."""
+    return tiny_model(n_layers=1, thinking_steps=2, recall_heads=0)
+
+
+@pytest.fixture(scope="session")
 def router_file(tmp_path_factory) -> Path:
     """A memory's router, trained once for all processes of a run; to be read, or copied, only."""
     import fcntl

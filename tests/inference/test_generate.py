@@ -69,8 +69,8 @@ def test_prompts_of_different_lengths_run_together(tiny_model):
     assert together == alone
 
 
-def test_seeds_and_rows(tiny_model):
-    model = tiny_model()
+def test_seeds_and_rows(light_model):
+    model = light_model
 
     def rows(seed, **changes):
         return collect(generate(model, [b"a", b"bc"], max_bytes=40, seed=seed, batch=3, **changes), 6)
@@ -93,8 +93,8 @@ def test_a_row_depends_on_neither_max_bytes_nor_other_rows_ends(tiny_model):
         assert stopped[:row] + stopped[row + 1 :] == long[:row] + long[row + 1 :]
 
 
-def test_pieces_come_before_the_model_moves_on(tiny_model, monkeypatch):
-    model, fed = tiny_model(), []
+def test_pieces_come_before_the_model_moves_on(light_model, monkeypatch):
+    model, fed = light_model, []
     feed = ByteStream.feed
     monkeypatch.setattr(ByteStream, "feed", lambda self, x: (fed.append(x.shape[1]), feed(self, x))[1])
     pieces = generate(model, b"prompt", max_bytes=5, seed=0, any_bytes=True)
@@ -105,8 +105,8 @@ def test_pieces_come_before_the_model_moves_on(tiny_model, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_text_is_always_valid_and_pieces_are_whole_characters(tiny_model, seed):
-    model = tiny_model()
+def test_text_is_always_valid_and_pieces_are_whole_characters(light_model, seed):
+    model = light_model
     for max_bytes in (1, 2, 3, 4, 5, 50):
         data = [b""] * 4
         for piece in generate(model, b"ab", max_bytes=max_bytes, temperature=1.5, seed=seed, batch=4):
@@ -115,12 +115,12 @@ def test_text_is_always_valid_and_pieces_are_whole_characters(tiny_model, seed):
         assert all(max_bytes - 3 <= len(row) <= max_bytes for row in data)
 
 
-def test_a_prompt_inside_a_character_is_completed_first(tiny_model):
+def test_a_prompt_inside_a_character_is_completed_first(light_model):
     prompt = "漢".encode()[:1]
-    for data, _ in collect(generate(tiny_model(), prompt, max_bytes=20, seed=1, batch=8), 8):
+    for data, _ in collect(generate(light_model, prompt, max_bytes=20, seed=1, batch=8), 8):
         assert len((prompt + data).decode("utf-8")) > 1
-    assert collect(generate(tiny_model(), prompt, max_bytes=1, seed=1)) == [(b"", "length")]
-    ((two, _),) = collect(generate(tiny_model(), prompt, max_bytes=2, seed=1))
+    assert collect(generate(light_model, prompt, max_bytes=1, seed=1)) == [(b"", "length")]
+    ((two, _),) = collect(generate(light_model, prompt, max_bytes=2, seed=1))
     assert len((prompt + two).decode("utf-8")) == 1
 
 
@@ -144,8 +144,8 @@ def test_thinking_steps_matter(tiny_model):
 
 
 @pytest.mark.parametrize("any_bytes", [True, False])
-def test_stop_strings(tiny_model, any_bytes):
-    model = tiny_model()
+def test_stop_strings(light_model, any_bytes):
+    model = light_model
 
     def run(**changes):
         return collect(generate(model, b"q", max_bytes=60, seed=2, any_bytes=any_bytes, **changes))[0]

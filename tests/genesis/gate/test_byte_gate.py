@@ -136,10 +136,10 @@ def test_there_is_always_a_byte_left(any_bytes):
         assert stuck[-2:].all() or seed in (1, 2)  # in these, letters may follow
 
 
-def test_a_prompt_that_can_only_become_a_match_gets_no_text(tiny_model):
+def test_a_prompt_that_can_only_become_a_match_gets_no_text(light_model):
     prompts, policy = [b"a\xe6\xbc", b"a", b"b\xe6\xbc"], Policy((pattern(r"a[^!-~]"),))
     rows = [b""] * 3
-    for piece in generate(tiny_model(), prompts, max_bytes=9, seed=1, temperature=2.0, policy=policy):
+    for piece in generate(light_model, prompts, max_bytes=9, seed=1, temperature=2.0, policy=policy):
         rows[piece.row] += piece.data
     assert not rows[0] and rows[1] and rows[2]
 
@@ -167,9 +167,9 @@ def random_rules(seed: int, bounded: bool) -> tuple[tuple[Rule, ...], list[str]]
 
 
 @pytest.mark.parametrize(("bounded", "any_bytes"), [(True, False), (False, True)])
-def test_generated_texts_hold_no_match(tiny_model, bounded, any_bytes):
+def test_generated_texts_hold_no_match(light_model, bounded, any_bytes):
     """Some ten thousand bytes at temperature 2, whatever the prompt ends in; without the gate there are matches."""
-    rng, model = random.Random(7), tiny_model(n_layers=1, thinking_steps=1)
+    rng, model = random.Random(7), light_model
     rules, regexes = random_rules(3, bounded)
     prompts = [random_prompt(rng) for _ in range(9)]
     prompts += [b"", b"a", b"f", b"x\xef\xac", b"\xef\xac", b"1\xe2\x91", b"\xf0\x9f\x98"]
@@ -189,17 +189,17 @@ def test_generated_texts_hold_no_match(tiny_model, bounded, any_bytes):
     assert sum(bool(matches(regexes, prompts[i // 8], data)) for i, data in enumerate(free)) > 10
 
 
-def test_a_policy_that_blocks_nothing_draws_the_same_bytes(tiny_model):
+def test_a_policy_that_blocks_nothing_draws_the_same_bytes(light_model):
     def text(policy):
         arguments = {"max_bytes": 60, "seed": 3, "batch": 3, "temperature": 1.3}
-        return [(p.row, p.data, p.finished) for p in generate(tiny_model(), b"abc", policy=policy, **arguments)]
+        return [(p.row, p.data, p.finished) for p in generate(light_model, b"abc", policy=policy, **arguments)]
 
     assert text(None) == text(Policy()) == text(Policy(phrases("this never occurs", bounded=True)))
-    assert text(Policy()) != text(Policy(phrases("a", "e")))
+    assert text(Policy()) != text(Policy(phrases(*"abcdefghijklm")))
 
 
 @pytest.mark.parametrize("bounded", [True, False])
-def test_greedy_text_goes_around_what_it_wants_to_say(monkeypatch, tiny_model, bounded):
+def test_greedy_text_goes_around_what_it_wants_to_say(monkeypatch, light_model, bounded):
     """A model that repeats "kötü ": without boundaries ü does not come, with them the word goes on."""
     cycle = "kötü ".encode()
 
@@ -212,7 +212,7 @@ def test_greedy_text_goes_around_what_it_wants_to_say(monkeypatch, tiny_model, b
     monkeypatch.setattr(ByteStream, "logits", logits)
 
     def text(*rules: Rule, n: int = 14) -> str:
-        pieces = generate(tiny_model(), b"", max_bytes=n, temperature=0, policy=Policy(rules))
+        pieces = generate(light_model, b"", max_bytes=n, temperature=0, policy=Policy(rules))
         return b"".join(piece.data for piece in pieces).decode()
 
     assert text() == "kötü kötü "
@@ -224,15 +224,13 @@ def test_greedy_text_goes_around_what_it_wants_to_say(monkeypatch, tiny_model, b
         assert text(*phrases("KÖTÜ")) == "kötÀ kötÀ "  # the lead byte could have become something else, and does
 
 
-def test_what_would_end_a_word_is_held_back_and_left_out(tiny_model, monkeypatch):
+def test_what_would_end_a_word_is_held_back_and_left_out(light_model, monkeypatch):
     """A model that writes x only, and rules against x as a word; then one that writes anything."""
     policy = Policy(phrases(*"abcdefghijklmnopqrstuvwxyz0123456789", bounded=True))
     regexes = [phrase_regex(text, True) for text in "abcdefghijklmnopqrstuvwxyz0123456789"]
     for max_bytes in (2, 7, 20):
         rows = [b""] * 60
-        for piece in generate(
-            tiny_model(), b"-", max_bytes=max_bytes, temperature=2.0, seed=1, batch=60, policy=policy
-        ):
+        for piece in generate(light_model, b"-", max_bytes=max_bytes, temperature=2.0, seed=1, batch=60, policy=policy):
             rows[piece.row] += piece.data
             assert not matches(regexes, b"-", rows[piece.row])
 
@@ -241,7 +239,7 @@ def test_what_would_end_a_word_is_held_back_and_left_out(tiny_model, monkeypatch
     monkeypatch.setattr(ByteStream, "logits", lambda self: wanted.expand(self.batch_size, -1))
 
     def pieces(n: int, prompt: bytes = b"-", **changes) -> list[tuple[bytes, str | None]]:
-        found = generate(tiny_model(), prompt, max_bytes=n, seed=1, policy=policy, **changes)
+        found = generate(light_model, prompt, max_bytes=n, seed=1, policy=policy, **changes)
         return [(piece.data, piece.finished) for piece in found]
 
     assert pieces(1) == [(b"", "length")]
@@ -250,18 +248,18 @@ def test_what_would_end_a_word_is_held_back_and_left_out(tiny_model, monkeypatch
     assert pieces(1, b"-x") == [(b"x", "length")]
 
 
-def test_the_default_policy_is_on(tiny_model, monkeypatch):
+def test_the_default_policy_is_on(light_model, monkeypatch):
     """A model that wants nothing but the last digit of a card number and the end of an address does not get them."""
     logits = torch.zeros(256)
     logits[[ord("1"), ord("m"), ord("!")]] = torch.tensor([90.0, 80.0, 70.0])
     monkeypatch.setattr(ByteStream, "logits", lambda self: logits.expand(self.batch_size, -1))
     prompts = [b"4111 1111 1111 111", b"me@example.o", b"4111 1111 1111 112"]
     written = [b""] * 3
-    for piece in generate(tiny_model(), prompts, max_bytes=1, seed=1):
+    for piece in generate(light_model, prompts, max_bytes=1, seed=1):
         written[piece.row] += piece.data
     assert written == [b"m", b"1", b"1"]
     logits[ord("1")] = -1.0
-    assert b"".join(piece.data for piece in generate(tiny_model(), prompts[1], max_bytes=1, seed=1)) == b"!"
+    assert b"".join(piece.data for piece in generate(light_model, prompts[1], max_bytes=1, seed=1)) == b"!"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -328,12 +326,12 @@ def log_lines(path) -> list[dict]:
 FIELDS = ["time", "run", "row", "position", "category", "rule", "state", "byte", "mass"]
 
 
-def test_generation_logs_each_intervention_once_and_no_text(tiny_model, tmp_path):
+def test_generation_logs_each_intervention_once_and_no_text(light_model, tmp_path):
     path, prompt = tmp_path / "gate_log.jsonl", "gizli ğ".encode()
     rules = (*phrases(*"aeiou"), *phrases(*"ıöü", category="d"), pattern(r"\d", category="e"))
     log = GateLog(path)
     arguments = {"max_bytes": 40, "temperature": 1.5, "seed": 2, "batch": 8, "stop": [b"s", b"t"]}
-    pieces = list(generate(tiny_model(), prompt, policy=Policy(rules), log=log, **arguments))
+    pieces = list(generate(light_model, prompt, policy=Policy(rules), log=log, **arguments))
     lines = log_lines(path)
     assert lines and all(list(line) == FIELDS for line in lines) and "gizli" not in path.read_text("utf-8")
     assert sum(log.counts.values()) == len(lines) and set(log.counts) <= {"c", "d", "e"}
@@ -349,15 +347,15 @@ def test_generation_logs_each_intervention_once_and_no_text(tiny_model, tmp_path
         generated[piece.row] += len(piece.data)
     assert all(line["position"] <= generated[line["row"]] + 4 for line in lines if generated[line["row"]] < 36)
     again = GateLog(path)
-    list(generate(tiny_model(), b"", max_bytes=5, seed=1, policy=Policy(rules), log=again))
+    list(generate(light_model, b"", max_bytes=5, seed=1, policy=Policy(rules), log=again))
     assert log_lines(path)[: len(lines)] == lines and again.run != log.run
 
 
-def test_text_is_logged_when_asked(tiny_model, tmp_path):
+def test_text_is_logged_when_asked(light_model, tmp_path):
     path, prompt = tmp_path / "log.jsonl", "ığ".encode() * 200
     list(
         generate(
-            tiny_model(),
+            light_model,
             prompt,
             max_bytes=30,
             seed=2,

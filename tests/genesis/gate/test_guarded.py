@@ -320,17 +320,18 @@ def test_the_policy_holds_with_the_classifier(writer_model, word_gate, mode, any
     found, ends = 0, set()
     for given in (policy, Policy(())):
         texts = written(
-            writer_model, with_threshold(word_gate, 0.7), prompts, 8, 40, policy=given, classifier_mode=mode,
+            writer_model, with_threshold(word_gate, 0.7), prompts, 20, 32, policy=given, classifier_mode=mode,
             any_bytes=any_bytes, temperature=1.1,
         )  # fmt: skip
         ends |= {why for _, why in texts}
         for row, (data, _) in enumerate(texts):
-            whole = prompts[row // 8] + data
+            whole = prompts[row // 20] + data
             if not any_bytes:
                 assert not data or not unfinished(whole)[0]
-                (b"\xc3" * (row // 8 == 1) + data).decode("utf-8", "strict" if data else "ignore")
-            text = fold(whole.decode("utf-8", "replace"))
-            matches = sum(len(re.findall(phrase_regex(each, bounded), text)) for each, bounded in rules)
+                (b"\xc3" * (row // 20 == 1) + data).decode("utf-8", "strict" if data else "ignore")
+            text, begin = (fold(each.decode("utf-8", "replace")) for each in (whole, prompts[row // 20]))
+            found_here = (match for each, bounded in rules for match in re.finditer(phrase_regex(each, bounded), text))
+            matches = sum(match.end() > len(begin) for match in found_here)  # what the prompt completes is its own
             assert given is not policy or not data or not matches
             found += matches
     assert found > 10 and ("gate" in ends) == (mode == "block")
